@@ -1,0 +1,1 @@
+"""From files to token batches: sources, formats, chat templates, the audit and TokenBatch."""

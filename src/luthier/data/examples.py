@@ -1,0 +1,59 @@
+"""The few canonical shapes that a row of any known format becomes.
+
+Formats (`data/formats.py`) make these, templates (`data/templates.py`) turn them into tokens. Nothing here knows of
+files, tokenizers or tensors. Each example travels with its `Origin`, so that every later complaint names file and line.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Chat", "Example", "Message", "Origin", "Text", "ToolCall"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an example was read: a file and its line (for Parquet and JSON arrays: its row), counted from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant asks for, with its arguments as the model should write them."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `role` is system, user, assistant or tool; `trained` overrides `train_on` for this turn alone."""
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    trained: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text, trained on as it stands."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation; `tools` are JSON-schema function descriptions as OpenAI writes them."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = field(default=())
+
+
+Example = Text | Chat
