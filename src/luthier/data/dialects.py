@@ -92,6 +92,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: str, num_tokens: int) -
     if tokenizer.chat_template is None:
         raise TemplateError("the tokenizer has no chat template; give the model one, or train on plain text")
     _check_exchange(tokenizer)
+    _check_generation_prompt(tokenizer)
     knows_system, knows_tools = _knows_system(tokenizer), _knows_tools(tokenizer)
     stops = _stops(tokenizer, knows_tools)
     asked = apply_template(tokenizer, _asked(knows_system), (), generation=False)
@@ -116,6 +117,15 @@ def _check_exchange(tokenizer: PreTrainedTokenizerBase) -> None:
         if found < 0:
             raise TemplateError(f"the chat template loses, changes or moves a message ({word!r}); mend the template")
         position = found + len(word)
+
+
+def _check_generation_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without a generation prompt only an answer without a header (Mistral's, Llama 2's) can follow the question."""
+    asked, prompt = (apply_template(tokenizer, _asked(False), (), generation=wanted) for wanted in (False, True))
+    answered = apply_template(tokenizer, [*_asked(False), _turn("assistant", _ANSWER)], (), generation=False)
+    header = answered.removeprefix(asked).partition(_ANSWER)[0]
+    if asked == prompt and any_of(added_tokens(tokenizer)).search(header):
+        raise TemplateError(f"the chat template has no generation prompt, though answers begin with {header!r}; add it")
 
 
 def _knows_system(tokenizer: PreTrainedTokenizerBase) -> bool:

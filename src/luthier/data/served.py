@@ -145,6 +145,7 @@ def check_decoded(text: str, turn: Turn) -> None:
 
 
 def _letters(text: str) -> str:
+    text = text.replace("▁", " ")  # SentencePiece writes a space so, and cannot tell the two apart
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
