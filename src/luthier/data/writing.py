@@ -7,6 +7,7 @@ their place and renamed, so a half-written one never stands under the name that 
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def _write_lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            beside.unlink()
     return num_rows
 
 

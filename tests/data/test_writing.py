@@ -1,0 +1,70 @@
+"""What is written is read back as it was, and a file that could not be finished does not appear."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.data.examples import Chat, Example, Message, Text, ToolCall
+from luthier.data.reading import read_examples
+from luthier.data.writing import write_messages
+from luthier.errors import DataError
+
+characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+anything = st.text(characters, max_size=12)
+words = anything.filter(str.strip)
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | anything,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(anything, inner, max_size=3),
+    max_leaves=5,
+)
+objects = st.dictionaries(anything, values, max_size=3)
+calls = st.lists(st.builds(ToolCall, words, objects, st.none() | words), min_size=1, max_size=2).map(tuple)
+names, marks = st.none() | words, st.none() | st.booleans()
+users = st.builds(Message, st.just("user"), words, st.just(()), names, marks)
+answers = st.builds(Message, st.just("assistant"), words, st.just(()) | calls, names, marks)
+callers = st.builds(Message, st.just("assistant"), anything, calls, names, marks)
+results = st.builds(Message, st.just("tool"), anything, st.just(()), names, marks)
+systems = st.builds(Message, st.just("system"), anything, st.just(()), names, marks)
+tools = st.builds(lambda name, more: {"type": "function", "function": {**more, "name": name}}, words, objects)
+
+
+@st.composite
+def chats(draw: st.DrawFn) -> Chat:
+    """Any conversation that can be trained on: a system text first or none, results after calls, an answer last."""
+    body: list[Message] = draw(st.lists(users, max_size=2))
+    if draw(st.booleans()):
+        body += [draw(callers), *draw(st.lists(results, max_size=2)), *draw(st.lists(users, max_size=1))]
+    turns = [*draw(st.lists(systems, max_size=1)), *body, draw(answers | callers)]
+    return Chat(tuple(turns), tuple(draw(st.lists(tools, max_size=2))))
+
+
+@given(st.lists(chats(), min_size=1, max_size=4))
+def test_conversations_written_as_messages_are_read_back_equal(examples: list[Chat]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made" / "a.jsonl"
+        assert write_messages(examples, path) == len(examples)
+        reading = read_examples(str(path))
+    assert [example for _, example in reading.examples] == examples
+    assert reading.formats == {str(path): "messages"}
+
+
+def test_a_file_that_cannot_be_finished_leaves_what_stood_there(tmp_path: Path) -> None:
+    chat: Any = Chat((Message("user", "Why?"), Message("assistant", "So.")))
+    path = tmp_path / "a.jsonl"
+    write_messages([chat], path)
+    before = path.read_bytes()
+    broken: list[Example] = [chat, Text("Once.")]
+    with pytest.raises(DataError, match="plain text cannot be written as messages"):
+        write_messages(broken, path)
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (before, [path])
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written \(.*\); choose another place"):
+        write_messages([], tmp_path / "file" / "a.jsonl")
