@@ -1,0 +1,217 @@
+"""Settings of the training stages: what all of them share, and what each adds.
+
+A name means the same in a recipe, as a flag and in Python. A default that depends on another field (the learning rate
+on whether an adapter is trained) is worked out when the settings are made, so resolved settings hold no gaps.
+Settings that would have no effect together are refused here, before any model is loaded.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, Self
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, Field, model_validator
+
+from luthier.recipe.adapters import AdapterSettings, LoRA
+from luthier.recipe.problems import Problem, Problems
+from luthier.recipe.settings import Count, Names, Settings, Share, Word
+
+__all__ = ["SFT", "DType", "Format", "OnError", "Pretrain", "Seed", "Tracker", "Training"]
+
+DType = Literal["bf16", "fp32"]
+Format = Literal["alpaca", "messages", "prompt_completion", "question_answer", "sharegpt", "text"]
+Interval = Count | Literal["epoch"] | None
+OnError = Literal["skip", "stop"]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Tracker = Literal["tensorboard"]
+_Beta = Annotated[float, Ge(0), Lt(1)]
+_Positive = Annotated[float, Gt(0)]
+_ShareOfTokens = Annotated[float, Gt(0), Lt(1)]
+
+
+def _rate(*, adapter: float, full: float) -> Callable[[dict[str, Any]], float]:
+    return lambda fields: full if fields.get("adapter", True) is None else adapter
+
+
+def _evaluation_interval(fields: dict[str, Any]) -> Interval:
+    return "epoch" if fields.get("eval_data") or fields.get("eval_fraction") else None
+
+
+class Training(Settings):
+    """What every training stage knows."""
+
+    model: Word = "smollm2-135m"
+    """The model to train: an alias, a hub id, a folder or a .gguf file."""
+
+    data: Word | Names
+    """Files, folders or patterns (`docs/**/*.txt`) to train on; relative ones start at the current folder."""
+
+    eval_data: Word | Names | None = None
+    """Files with data that is never trained on, to evaluate on while training."""
+
+    eval_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """The share of the rows in `data` that is held out to evaluate on, chosen by the seed."""
+
+    format: Format | None = None
+    """The format of the rows; recognised from the columns where it is not named."""
+
+    columns: dict[Word, Word] = Field(default={})
+    """Which column stands for a name of the format: `prompt: question` reads the column `question` as the prompt."""
+
+    output: Word = "runs/training"
+    """The folder of the run: metrics, checkpoints, adapter, model and report."""
+
+    seed: Seed = 42
+    """Decides the order of the data, the start of the adapter and dropout."""
+
+    adapter: AdapterSettings | None = LoRA()
+    """The adapter to train beside the frozen model; none trains the model itself."""
+
+    freeze: tuple[Word, ...] = ()
+    """Parameters that full fine-tuning leaves as they are, as patterns of names (`*.embed_tokens.*`)."""
+
+    epochs: Count = 3
+    """How often the data is gone through."""
+
+    max_steps: Count | None = None
+    """Ends the training after so many steps, even within an epoch."""
+
+    batch_size: Count = 16
+    """Sequences (pairs, prompts) that the optimizer sees a step, over all devices and micro-batches."""
+
+    micro_batch_tokens: Count | None = None
+    """Tokens in one forward pass; decided from the memory plan where not given. Never changes the result."""
+
+    max_length: Annotated[int, Ge(2)] = 2048
+    """The longest sequence, in tokens."""
+
+    packing: bool = True
+    """Lays sequences end to end in one stream without padding; off computes each by itself: slower, the same result."""
+
+    train_on: Literal["all", "assistant", "last"] = "assistant"
+    """Which tokens are learned: all turns of the assistant, its last turn, or everything."""
+
+    learning_rate: _Positive = Field(default_factory=_rate(adapter=2e-4, full=2e-5))
+    """The highest learning rate; by default 2e-4 with an adapter and 2e-5 without."""
+
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """How the learning rate goes on after warming up; wsd stays and then decays (Hu et al. 2024, MiniCPM)."""
+
+    warmup_ratio: Share = 0.03
+    """The share of the steps in which the learning rate rises from zero."""
+
+    decay_ratio: Annotated[float, Gt(0), Le(1)] | None = Field(
+        default_factory=lambda fields: 0.1 if fields.get("schedule") == "wsd" else None
+    )
+    """The share of the steps, at the end, in which the wsd schedule lets the learning rate fall; 0.1 by default."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """AdamW's decay of weights a step, times the learning rate; norms, biases and embeddings are spared."""
+
+    adam_beta1: _Beta = 0.9
+    """How much of AdamW's mean of gradients is kept a step."""
+
+    adam_beta2: _Beta = 0.999
+    """How much of AdamW's mean of squared gradients is kept a step."""
+
+    adam_epsilon: _Positive = 1e-8
+    """What AdamW adds to the divisor."""
+
+    max_grad_norm: _Positive | None = 1.0
+    """Gradients with a greater norm are scaled down to it; none leaves them."""
+
+    dtype: DType = "bf16"
+    """The type of the base weights and activations; what is trained and its optimizer state stay in fp32."""
+
+    gradient_checkpointing: Annotated[bool | Annotated[int, Ge(0)], AfterValidator(int)] = 0
+    """Keeps activations of every Nth layer only and computes the others again: less memory, more time; 0 keeps all."""
+
+    eval_every: Interval = Field(default_factory=_evaluation_interval)
+    """Steps from one evaluation to the next, or epoch; by default epoch where there is data for it."""
+
+    save_every: Interval = "epoch"
+    """Steps from one checkpoint to the next, or epoch; none saves only the end."""
+
+    keep_last: Count = 2
+    """How many checkpoints are kept, the newest first; the best one is kept besides."""
+
+    early_stopping: Count | None = None
+    """Ends the training after so many evaluations in a row without a better loss."""
+
+    report_to: tuple[Tracker, ...] = ()
+    """Where metrics go besides metrics.jsonl."""
+
+    on_error: OnError = "stop"
+    """What a row that does not fit does: stops the run, or is skipped, counted and put into quarantine.jsonl."""
+
+    resume: bool = True
+    """Goes on from the last checkpoint in `output`; off starts from the beginning."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        found = [*_evaluation_problems(self), *_schedule_problems(self)]
+        if self.freeze and self.adapter is not None:
+            found.append(
+                Problem(("freeze",), "an adapter leaves the whole model frozen; drop freeze or set adapter: none")
+            )
+        if found:
+            raise Problems(found)
+        return self
+
+
+class SFT(Training):
+    """Supervised fine-tuning on conversations."""
+
+    output: Word = "runs/sft"
+    """The folder of the run: metrics, checkpoints, adapter, model and report."""
+
+    chat_template: Word | None = None
+    """A Jinja file that replaces the model's chat template, in training and in what is saved."""
+
+    on_long: Literal["drop", "error", "truncate"] = "drop"
+    """What happens to a conversation over max_length: dropped and counted, the run stopped, or its end cut off."""
+
+
+class Pretrain(Training):
+    """Continued pretraining on plain text, cut into blocks of max_length."""
+
+    output: Word = "runs/pretrain"
+    """The folder of the run: metrics, checkpoints, adapter, model and report."""
+
+    format: Literal["text"] = "text"
+    """The format of the rows: a column `text`; files of plain text are rows of it."""
+
+    mix: dict[Word, _ShareOfTokens] = Field(default={})
+    """General text against forgetting: files, and the share of all tokens that comes from each."""
+
+    epochs: Count = 1
+    """How often the data is gone through."""
+
+    train_on: Literal["all"] = "all"
+    """Which tokens are learned: of plain text, all."""
+
+    learning_rate: _Positive = Field(default_factory=_rate(adapter=1e-4, full=1e-5))
+    """The highest learning rate; by default 1e-4 with an adapter and 1e-5 without."""
+
+    @model_validator(mode="after")
+    def _leave_room(self) -> Self:
+        if sum(self.mix.values()) >= 1:
+            raise Problems([Problem(("mix",), "the shares leave nothing for data; let them add up to less than 1")])
+        return self
+
+
+def _evaluation_problems(settings: Training) -> Iterator[Problem]:
+    if settings.eval_data and settings.eval_fraction:
+        yield Problem(("eval_fraction",), "eval_data already names what to evaluate on; leave one of the two out")
+    if settings.eval_every and not (settings.eval_data or settings.eval_fraction):
+        yield Problem(("eval_every",), "there is nothing to evaluate on; give eval_data or eval_fraction")
+    if settings.early_stopping and not settings.eval_every:
+        yield Problem(("early_stopping",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
+
+
+def _schedule_problems(settings: Training) -> Iterator[Problem]:
+    if settings.schedule == "wsd" and settings.decay_ratio is None:
+        yield Problem(("decay_ratio",), "the wsd schedule needs one; leave it out for 0.1")
+    if settings.schedule != "wsd" and settings.decay_ratio is not None:
+        yield Problem(("decay_ratio",), f"the {settings.schedule} schedule has none; drop it or choose schedule: wsd")
+    if settings.warmup_ratio + (settings.decay_ratio or 0) > 1:
+        yield Problem(("warmup_ratio",), "warm-up and decay together take more than all steps; lower one of them")

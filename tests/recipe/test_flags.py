@@ -1,0 +1,125 @@
+"""Settings as flags: names, help, and the same settings as a recipe gives."""
+
+import pytest
+
+from luthier.errors import RecipeError
+from luthier.recipe import SFT, STAGE_SETTINGS, LoRA, flags_of, parse_recipe, settings_from_flags
+from luthier.recipe.training import Training
+
+each_stage = pytest.mark.parametrize("settings", STAGE_SETTINGS.values())
+FLAGS = {flag.name: flag for flag in flags_of(SFT)}
+
+
+@each_stage
+def test_every_flag_has_help_and_a_name_of_its_own(settings: type[Training]) -> None:
+    flags = flags_of(settings)
+    assert all(flag.help for flag in flags)
+    assert len({flag.name for flag in flags}) == len({flag.path for flag in flags}) == len(flags)
+
+
+@each_stage
+def test_every_field_is_a_flag(settings: type[Training]) -> None:
+    assert {flag.path[0] for flag in flags_of(settings)} == set(settings.model_fields)
+
+
+def test_flags_are_named_by_dashes_and_dots() -> None:
+    assert FLAGS["--batch-size"].path == ("batch_size",)
+    assert FLAGS["--adapter.target-modules"].path == ("adapter", "target_modules")
+    assert FLAGS["--packing"].negative == "--no-packing"
+    assert FLAGS["--adapter.rs-scaling"].negative == "--no-adapter.rs-scaling"
+    assert FLAGS["--batch-size"].negative is None
+
+
+def test_flags_know_their_words_defaults_and_number() -> None:
+    assert FLAGS["--adapter"].choices == ("lora", "none")
+    assert FLAGS["--report-to"].choices == ("tensorboard",)
+    assert FLAGS["--eval-every"].choices == ()
+    assert FLAGS["--data"].required
+    assert [name for name, flag in FLAGS.items() if flag.required] == ["--data"]
+    assert (FLAGS["--adapter"].default, FLAGS["--adapter.r"].default, FLAGS["--learning-rate"].default) == (
+        "lora",
+        16,
+        None,
+    )
+    assert {name for name, flag in FLAGS.items() if flag.multiple} == {
+        "--data",
+        "--eval-data",
+        "--columns",
+        "--adapter.target-modules",
+        "--freeze",
+        "--report-to",
+    }
+
+
+def test_flags_and_recipe_make_the_same_settings() -> None:
+    text = """
+output: runs/sft
+stages:
+  - sft:
+      data: [qa.jsonl, more.jsonl]
+      columns: {prompt: question}
+      adapter: {type: lora, r: 8, target_modules: [q_proj]}
+      learning_rate: 2e-5
+      packing: no
+      eval_fraction: 0.1
+      eval_every: 50
+"""
+    flags = {
+        "--data": ("qa.jsonl", "more.jsonl"),
+        "--columns": ["prompt=question"],
+        "--adapter.r": "8",
+        "--adapter.target-modules": ["q_proj"],
+        "--learning-rate": "2e-5",
+        "--packing": False,
+        "--eval-fraction": "0.1",
+        "--eval-every": "50",
+    }
+    assert settings_from_flags(SFT, flags) == parse_recipe(text).stages[0].settings
+
+
+def test_no_adapter_is_full_fine_tuning() -> None:
+    assert settings_from_flags(SFT, {"--data": "a", "--adapter": "none"}).adapter is None
+
+
+@pytest.mark.parametrize("flags", [{}, {"--adapter": "lora"}, {"--adapter.type": "lora"}])
+def test_an_adapters_field_alone_selects_lora(flags: dict[str, str]) -> None:
+    assert settings_from_flags(SFT, {"--data": "a", "--adapter.r": "8", **flags}).adapter == LoRA(r=8)
+
+
+def test_flags_that_are_not_given_keep_the_defaults() -> None:
+    assert settings_from_flags(SFT, {"--data": "a", "--seed": None, "--freeze": (), "--columns": []}) == SFT(data="a")
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"--lerning-rate": "1"}, '--lerning-rate: unknown flag; did you mean "--learning-rate"?'),
+        ({"--adapter.rnk": "1"}, '--adapter.rnk: unknown flag; did you mean "--adapter.r"?'),
+        ({"--lr": "1"}, '--lr: unknown flag; did you mean "--learning-rate"?'),
+        ({"--lora-r": "1"}, '--lora-r: unknown flag; did you mean "--adapter.r"?'),
+        ({"--batch-size": "x"}, '--batch-size: expected a whole number, got "x"'),
+        ({"--adapter.r": "0"}, '--adapter.r: expected at least 1, got "0"'),
+        ({"--adapter": "lroa"}, '--adapter: unknown type; did you mean "lora"?'),
+        (
+            {"--adapter": "none", "--adapter.r": "8"},
+            "--adapter.r: there is none by --adapter none; leave one of the two out",
+        ),
+        (
+            {"--adapter": "lora", "--adapter.type": "dora"},
+            "--adapter.type: --adapter lora says another; leave one of the two out",
+        ),
+        ({"--columns": ["prompt"]}, '--columns: expected name=value, got "prompt"'),
+        ({"--report-to": ["tensorboard", "wandb"]}, '--report-to: [1]: expected "tensorboard", got "wandb"'),
+        ({"--decay-ratio": "0.1"}, "--decay-ratio: the cosine schedule has none; drop it or choose schedule: wsd"),
+    ],
+)
+def test_a_bad_flag_is_answered_by_its_name(flags: dict[str, object], complaint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        settings_from_flags(SFT, {"--data": "a", **flags})
+    assert str(caught.value) == complaint
+
+
+def test_all_bad_flags_are_said_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        settings_from_flags(SFT, {"--epochs": "0", "--seed": "x"})
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["--data", "--seed", "--epochs"]
