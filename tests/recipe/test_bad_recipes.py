@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from luthier.errors import RecipeError
 from luthier.recipe import load_recipe, parse_recipe
@@ -215,3 +217,16 @@ def test_a_binary_file_is_no_recipe(tmp_path: Path) -> None:
 def test_values_nested_beyond_reason_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"^recipe:1: the values are nested too deeply for a recipe$"):
         parse_recipe("[" * 5000 + "]" * 5000)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_damaged_recipe_is_read_or_refused_and_never_crashes(data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from([bad for bad, _ in BAD.values()]))
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, len(text)))
+    written = data.draw(st.text("[]{}:,-#&*!|>'\"%@`?~<\n\t\r\0 a1.e\ud800", max_size=4))
+    try:
+        parse_recipe(text[:start] + written + text[end:], name="r.yaml")
+    except RecipeError as error:
+        assert all(line.startswith("r.yaml:") for line in str(error).splitlines())  # noqa: PT017 - reading is fine too

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.recipe import SFT, LoRA, Pretrain, Recipe, Stage, dump_recipe, flags_of, parse_recipe, settings_from_flags
@@ -54,34 +54,38 @@ recipes = st.builds(
     dtype=st.sampled_from(["bf16", "fp32"]),
     stages=st.lists(stages, min_size=1, max_size=3).map(tuple),
 )
+unhurried = settings(deadline=None)
 
 
+@unhurried
 @given(recipes)
 def test_a_recipe_written_back_is_the_recipe(recipe: Recipe) -> None:
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
+@unhurried
 @given(recipes)
 def test_a_written_recipe_leaves_nothing_to_defaults(recipe: Recipe) -> None:
     for stage in parse_recipe(dump_recipe(recipe)).stages:
         assert stage.settings.model_fields_set == set(type(stage.settings).model_fields)
 
 
+@unhurried
 @given(sfts | pretrains)
-def test_flags_say_all_that_settings_can_say(settings: Training) -> None:
-    assert settings_from_flags(type(settings), as_flags(settings)) == settings
+def test_flags_say_all_that_settings_can_say(said: Training) -> None:
+    assert settings_from_flags(type(said), as_flags(said)) == said
 
 
-def as_flags(settings: Training) -> dict[str, object]:
+def as_flags(said: Training) -> dict[str, object]:
     """The settings as somebody would type them."""
     typed: dict[str, object] = {}
-    for flag in flags_of(type(settings)):
-        value: Any = settings
+    for flag in flags_of(type(said)):
+        value: Any = said
         for step in flag.path:
             value = getattr(value, step, None)
         if flag.path == ("adapter",) and value is not None:
             typed[flag.name] = value.type
-        elif flag.path[0] != "adapter" or settings.adapter is not None or flag.path == ("adapter",):
+        elif flag.path[0] != "adapter" or said.adapter is not None or flag.path == ("adapter",):
             typed[flag.name] = as_typed(value)
     return typed
 
