@@ -1,0 +1,1 @@
+"""Models: where they come from, loading, saving, and score(), which turns a model into log-probabilities."""

@@ -1,0 +1,110 @@
+"""Loading a model: the network and the tokenizer from a resolved source, weights mapped from safetensors.
+
+The network is built without memory and filled from the files, so nothing is initialised at random; a file that lacks a
+tensor is refused. Code that comes with a model is never run.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from luthier.errors import ModelError
+from luthier.models.attention import ATTENTION, register_attention, supports_ragged
+from luthier.models.quiet import quiet
+from luthier.models.sources import ResolvedSource, resolve
+
+__all__ = ["Model", "load"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(slots=True)
+class Model:
+    """A network, the tokenizer that belongs to it, and where both came from."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: ResolvedSource
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The network's Hugging Face configuration."""
+        return self.network.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.network.parameters()).dtype
+
+
+def load(
+    name: str = "smollm2-135m",
+    *,
+    dtype: Literal["bf16", "fp32"] = "fp32",
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Model:
+    """The model of this name (an alias, a hub id, a folder, a .gguf file), in evaluation mode.
+
+    device: by default where torch puts new tensors.  attention: one of transformers' names; by default Luthier's own.
+    Raises ModelError if the model cannot be used, NetworkError if it must be fetched and the network is missing.
+    """
+    source = resolve(name, environment)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+            network = _network(source, config, dtype=_DTYPES[dtype], attention=attention or _own_attention(config))
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ModelError(f"{source.folder}: cannot be loaded ({_first_line(error)}); fetch it again") from error
+    return Model(network if device is None else network.to(device), tokenizer, source)
+
+
+def _own_attention(config: PretrainedConfig) -> str | None:
+    """Luthier's attention, which runs sequences end to end without padding; None where it cannot compute the model."""
+    if not supports_ragged(config):
+        return None
+    register_attention()
+    return ATTENTION
+
+
+def _network(
+    source: ResolvedSource, config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None
+) -> PreTrainedModel:
+    network, report = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if unfilled := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{source.folder}: its weights lack {len(unfilled)} tensors of a {type(network).__name__}, the first "
+            f"{unfilled[0]}; it is damaged or no language model"
+        )
+    return network
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
