@@ -1,0 +1,103 @@
+"""A model's norms and gated feed-forward blocks exchanged for fused ones of the same names and parameters.
+
+Which module is what is recognised by its shape, and proven before it is exchanged: old and new run on the same random
+input, and where they differ the old one stays and is reported. So an architecture that nobody foresaw is slower,
+never wrong.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from luthier.kernels.gate import GATES, gated
+from luthier.kernels.norm import rms_norm
+
+__all__ = ["Fusion", "fuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What was exchanged and what was left, by class name."""
+
+    fused: Counter[str]
+    kept: Counter[str]
+
+
+class FusedRMSNorm(nn.Module):
+    """w x / rms(x), or (1 + w) x / rms(x) where the architecture counts its weight from one (Gemma)."""
+
+    def __init__(self, weight: nn.Parameter, eps: float, *, one_more: bool) -> None:
+        super().__init__()
+        self.weight, self.eps, self.one_more = weight, eps, one_more
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden] -> the same shape."""
+        weight = self.weight.float() + 1 if self.one_more else self.weight
+        return rms_norm(x, weight, eps=self.eps)
+
+
+class FusedGatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))        Shazeer 2020, eq. 6"""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, *, activation: str) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden] -> the same shape."""
+        down: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), activation=self.activation))
+        return down
+
+
+def fuse(network: PreTrainedModel) -> Fusion:
+    """Exchanges what can be proven equal, in place. Names in the state dict stay as they are."""
+    fusion = Fusion(Counter(), Counter())
+    hidden_size = network.get_input_embeddings().weight.shape[-1]
+    activation = getattr(network.config.get_text_config(), "hidden_act", None) or getattr(
+        network.config.get_text_config(), "hidden_activation", None
+    )
+    for path, module in list(network.named_modules()):
+        name = type(module).__name__
+        candidates = _candidates(module, name, activation)
+        if not candidates:
+            continue
+        size = module.weight.shape[-1] if name.endswith("RMSNorm") else hidden_size
+        proven = next((c for c in candidates if _same(module, c, size)), None)
+        if proven is None:
+            fusion.kept[name] += 1
+        else:
+            network.set_submodule(path, proven.train(module.training))
+            fusion.fused[name] += 1
+    return fusion
+
+
+def _candidates(module: nn.Module, name: str, activation: str | None) -> list[nn.Module]:
+    parameters = dict(module.named_parameters(recurse=False))
+    if name.endswith("RMSNorm") and list(parameters) == ["weight"]:
+        eps = [v for k, v in vars(module).items() if k in {"eps", "variance_epsilon"}]
+        return [FusedRMSNorm(parameters["weight"], e, one_more=one) for e in eps for one in (False, True)]
+    children = dict(module.named_children())
+    projections = [children.get(f"{part}_proj") for part in ("gate", "up", "down")]
+    if activation in GATES and all(isinstance(p, nn.Linear) for p in projections) and len(children) <= 4:
+        gate, up, down = projections
+        assert gate is not None
+        assert up is not None
+        assert down is not None
+        return [FusedGatedMLP(gate, up, down, activation=activation)]
+    return []
+
+
+@torch.no_grad()
+def _same(old: nn.Module, new: nn.Module, size: int) -> bool:
+    parameter = next(old.parameters())
+    generator = torch.Generator(parameter.device).manual_seed(0)
+    x = torch.randn(1, 8, size, generator=generator, device=parameter.device).to(parameter.dtype)
+    bound = (
+        1e-5 if parameter.dtype == torch.float32 else 2e-2
+    )  # two roundings of bfloat16, relative to the largest output
+    expected = old(x)
+    return bool((expected - new(x)).abs().max() <= bound * expected.abs().max())

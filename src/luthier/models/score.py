@@ -1,0 +1,65 @@
+"""score: one forward pass over a batch, and of it what objectives need. The only place that makes log-probabilities.
+
+Positions that predict nothing never reach the output layer, and full logits are never built. Architectures whose body
+cannot run a ragged stream are run one sequence after the other: slower, and equal.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from luthier.data.batches import TokenBatch
+from luthier.kernels.logprobs import HeadOptions, linear_logprobs
+from luthier.models.attention import ATTENTION
+
+__all__ = ["Scores", "hidden_states", "score"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """For every target of a batch: logprobs [targets] in nats, differentiable; entropy [targets] in nats, without
+    gradient.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def score(network: PreTrainedModel, batch: TokenBatch) -> Scores:
+    """log p(target | what stands before it in its own sequence), and the entropy of that distribution."""
+    batch = batch.to(network.device)
+    hidden = hidden_states(network, batch)[batch.target_index]
+    head = network.get_output_embeddings()
+    logprobs, entropy = linear_logprobs(hidden, head.weight, head.bias, batch.target_ids, _head_options(network))
+    return Scores(logprobs, entropy)
+
+
+def hidden_states(network: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """The last hidden states of the stream, [tokens, hidden]."""
+    body = network.get_decoder()
+    if network.config._attn_implementation == ATTENTION:
+        return _run(body, batch.token_ids, batch.positions, batch.lengths)
+    pieces = zip(batch.token_ids.split(list(batch.lengths)), batch.positions.split(list(batch.lengths)), strict=True)
+    return torch.cat([_run(body, ids, positions, None) for ids, positions in pieces])
+
+
+def _run(body: nn.Module, token_ids: Tensor, positions: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
+    segments = {} if lengths is None else {"segment_lengths": lengths}
+    output = body(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **segments)
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def _head_options(network: PreTrainedModel) -> HeadOptions:
+    """What architectures do to their logits, by the names in their configurations: Gemma's soft cap, Cohere's and
+    Granite's scale.
+    """
+    config = network.config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None)
+    scale = getattr(config, "logit_scale", None)
+    return HeadOptions(
+        scale=(1.0 if scale is None else scale) / (1.0 if divisor is None else divisor),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )

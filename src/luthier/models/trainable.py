@@ -1,0 +1,44 @@
+"""Which of a model's parameters are trained: all, none, or all but some by pattern; and gradient checkpointing."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from luthier.errors import RecipeError
+
+__all__ = ["checkpoint_layers", "freeze_all", "train_all_but"]
+
+
+def freeze_all(network: nn.Module) -> None:
+    """No parameter is trained."""
+    network.requires_grad_(False)
+
+
+def train_all_but(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Every parameter is trained but those whose names fit a pattern (`*.embed_tokens.*`).
+
+    Raises RecipeError for a pattern that fits no parameter, and where nothing is left to train.
+    """
+    network.requires_grad_(True)
+    parameters = dict(network.named_parameters())
+    for pattern in patterns:
+        fitting = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise RecipeError(f'freeze: no parameter fits "{pattern}"; names look like {next(iter(parameters))}')
+        for name in fitting:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise RecipeError("freeze: the patterns leave nothing to train; remove one of them")
+
+
+def checkpoint_layers(network: PreTrainedModel, every: int) -> None:
+    """Recomputes every `every`-th layer in the backward pass, keeping only its input; 0 turns it off."""
+    if not every:
+        network.gradient_checkpointing_disable()
+        return
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in network.modules() if isinstance(m, nn.ModuleList)][0]
+    for i, layer in enumerate(layers):
+        setattr(layer, "gradient_checkpointing", i % every == 0)  # noqa: B010  nn.Module types attributes as tensors

@@ -1,0 +1,1 @@
+"""The one loop and what it needs: optimizers, schedules, checkpoints, callbacks, the memory plan."""

@@ -1,0 +1,73 @@
+"""Who listens to a run: the metrics file, TensorBoard, a screen. The loop calls; nobody here changes the training."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["Callback", "Metrics", "MetricsFile", "TensorBoard", "read_metrics"]
+
+Metrics = dict[str, Any]
+
+
+class Callback(Protocol):
+    """Told of each event of a run. Metrics hold plain numbers and always `step`."""
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """The first step to come is `step`, counted from 0; more than 0 for a run that goes on."""
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        """A step or an evaluation is over."""
+
+    def on_end(self) -> None:
+        """The run is over, also when it was interrupted."""
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line. A run that goes on drops the lines of steps that it will do again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
+        beside = self.path.with_suffix(".part")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(beside, self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+
+    def on_end(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, in `folder`; needs the extra `track`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # an extra that a plain install does not have
+
+        self.folder, self.make = folder, SummaryWriter
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        self.writer = self.make(str(self.folder), purge_step=step + 1)
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and name != "step":
+                self.writer.add_scalar(name, value, metrics["step"])
+
+    def on_end(self) -> None:
+        self.writer.close()

@@ -1,0 +1,197 @@
+"""The one training loop. A method is an objective; a run is a plan of steps; everything else is here, once.
+
+The division by the number of units happens here and nowhere else: by the units of the whole step, over all its
+micro-batches, known before the first backward pass. That is why the gradient does not depend on how a step is cut.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from luthier.data.batches import StepPlan, TokenBatch, cut
+from luthier.errors import TrainingError
+from luthier.objectives.loss import Loss
+from luthier.recipe.training import Training
+from luthier.training.callbacks import Callback, Metrics
+from luthier.training.checkpoints import Checkpoints
+from luthier.training.memory import memory_bytes
+from luthier.training.schedules import learning_rate_at
+from luthier.training.state import TrainState
+
+__all__ = ["Objective", "Run", "evaluate_loss", "fit", "step_gradients"]
+
+logger = logging.getLogger(__name__)
+
+Objective = Callable[[nn.Module, TokenBatch], Loss]
+
+_MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass
+class Run:
+    """All that one training is made of. eval_batches: what is evaluated on, cut already; empty for none."""
+
+    state: TrainState
+    plan: StepPlan
+    objective: Objective
+    settings: Training
+    micro_batch_tokens: int | None
+    checkpoints: Checkpoints | None = None
+    eval_batches: Sequence[TokenBatch] = ()
+    callbacks: Sequence[Callback] = ()
+    after_step: Sequence[Callable[[int], None]] = field(default=())
+
+    def cut(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of a step, counted from 0."""
+        return cut(self.plan.step(step), self.micro_batch_tokens, packing=self.settings.packing)
+
+
+def fit(run: Run) -> Metrics:
+    """Trains from where the state is to the end of the plan. Returns the metrics of the last step.
+
+    Raises TrainingError when the gradient is not finite for several steps in a row.
+    """
+    progress, num_steps = run.state.progress, run.plan.num_steps
+    metrics: Metrics = {}
+    for callback in run.callbacks:
+        callback.on_start(progress.step, num_steps)
+    try:
+        while progress.step < num_steps and not progress.early_stopped:
+            metrics = train_step(run)
+            _tell(run, metrics)
+            _evaluate_and_save(run, last=progress.step == num_steps)
+    finally:
+        for callback in run.callbacks:
+            callback.on_end()
+    return metrics
+
+
+def train_step(run: Run) -> Metrics:
+    """One optimizer step; counts itself in the state's progress."""
+    started, progress = time.perf_counter(), run.state.progress
+    micro_batches = run.cut(progress.step)
+    torch.manual_seed(_mixed(run.settings.seed, progress.step))  # dropout's draws belong to the step
+    sums = step_gradients(run.state.network, micro_batches, run.objective)
+    rate = learning_rate_at(progress.step, run.plan.num_steps, run.settings)
+    grad_norm = _optimize(run, rate)
+    progress.step += 1
+    num_tokens = sum(batch.num_tokens for batch in micro_batches)
+    progress.tokens += num_tokens
+    seconds = time.perf_counter() - started
+    return {
+        "step": progress.step,
+        "epoch": round(run.plan.epoch_at(progress.step), 6),
+        **sums,
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "tokens": progress.tokens,
+        "seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "memory_bytes": memory_bytes(run.state.network),
+    }
+
+
+def step_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
+    """Adds the gradient of a step's mean loss to the parameters; returns the loss and the metrics, as means over
+    units.
+    """
+    totals: dict[str, torch.Tensor] = {}
+    for batch in micro_batches:
+        if not batch.count("tokens"):
+            continue
+        loss = objective(network, batch)
+        num_units = sum(other.count(loss.unit) for other in micro_batches)
+        mean = loss.per_unit.sum() / num_units
+        mean.backward()
+        for name, value in {"loss": mean.detach(), **{k: v / num_units for k, v in loss.metrics.items()}}.items():
+            totals[name] = totals[name] + value if name in totals else value
+    return {name: float(value) for name, value in totals.items()}
+
+
+def _optimize(run: Run, rate: float) -> float:
+    """Clips, steps and clears; returns the norm before clipping. A gradient that is not finite is thrown away."""
+    parameters = [p for p in run.state.trained().values() if p.grad is not None]
+    bound = math.inf if run.settings.max_grad_norm is None else run.settings.max_grad_norm
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+    if math.isfinite(grad_norm):
+        for group in run.state.optimizer.param_groups:
+            group["lr"] = rate
+        run.state.optimizer.step()
+        run.state.progress.skipped_steps = 0
+        for call in run.after_step:
+            call(run.state.progress.step)
+    else:
+        _skip(run, grad_norm)
+    run.state.optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+def _skip(run: Run, grad_norm: float) -> None:
+    progress = run.state.progress
+    progress.skipped_steps += 1
+    logger.warning("step %d: the gradient is %s; the step is left out", progress.step + 1, grad_norm)
+    if progress.skipped_steps >= _MAX_SKIPPED_IN_A_ROW:
+        raise TrainingError(
+            f"step {progress.step + 1}: the gradient was not finite for {progress.skipped_steps} steps in a row; "
+            "lower learning_rate, or set dtype: fp32; the last good checkpoint is kept"
+        )
+
+
+@torch.no_grad()
+def evaluate_loss(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> float:
+    """The mean loss a unit over all batches, without dropout."""
+    was_training = network.training
+    network.eval()
+    try:
+        losses = [objective(network, batch) for batch in batches if batch.count("tokens")]
+        num_units = sum(len(loss.per_unit) for loss in losses)
+        return float(sum(loss.per_unit.double().sum() for loss in losses)) / num_units
+    finally:
+        network.train(was_training)
+
+
+def _evaluate_and_save(run: Run, *, last: bool) -> None:
+    progress, settings = run.state.progress, run.settings
+    best = False
+    if run.eval_batches and (last or _due(run, settings.eval_every)):
+        best = _evaluate(run)
+    if run.checkpoints and (last or best or progress.early_stopped or _due(run, settings.save_every)):
+        run.checkpoints.save(run.state, best=best)
+
+
+def _evaluate(run: Run) -> bool:
+    """Measures the evaluation loss; returns whether it is the best so far."""
+    started, progress = time.perf_counter(), run.state.progress
+    loss = evaluate_loss(run.state.network, run.eval_batches, run.objective)
+    best = progress.best_loss is None or loss < progress.best_loss
+    progress.best_loss = loss if best else progress.best_loss
+    progress.stale_evaluations = 0 if best else progress.stale_evaluations + 1
+    patience = run.settings.early_stopping
+    progress.early_stopped = patience is not None and progress.stale_evaluations >= patience
+    seconds = time.perf_counter() - started
+    _tell(
+        run,
+        {"step": progress.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "seconds": seconds},
+    )
+    return best
+
+
+def _due(run: Run, interval: int | str | None) -> bool:
+    if interval is None:
+        return False
+    every = run.plan.steps_per_epoch if interval == "epoch" else int(interval)
+    return run.state.progress.step % every == 0
+
+
+def _tell(run: Run, metrics: Metrics) -> None:
+    for callback in run.callbacks:
+        callback.on_metrics(metrics)
+
+
+def _mixed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**63
