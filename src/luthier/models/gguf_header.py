@@ -62,6 +62,8 @@ def read_gguf(file: Path) -> tuple[Header, dict[str, LazyTensor]]:
         reader = GGUFReader(file)
         header = Header(file, {name: field.contents() for name, field in reader.fields.items()})
         return header, {tensor.name: _lazy(tensor) for tensor in reader.tensors}
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror or error}); check its rights") from error
     except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:  # the reader checks little
         raise ModelError(f"{file}: is damaged or no GGUF file ({error}); fetch it again") from error
 

@@ -24,9 +24,9 @@ from luthier.models.attention import ATTENTION, register_attention, supports_rag
 from luthier.models.quiet import quiet
 from luthier.models.sources import ResolvedSource, resolve
 
-__all__ = ["Model", "load"]
+__all__ = ["DTYPES", "Model", "load"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(slots=True)
@@ -45,12 +45,14 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.network.parameters()).device
+        device: torch.device = self.network.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
-        return next(self.network.parameters()).dtype
+        dtype: torch.dtype = self.network.dtype
+        return dtype
 
 
 def load(
@@ -71,7 +73,7 @@ def load(
         try:
             config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-            network = _network(source, config, dtype=_DTYPES[dtype], attention=attention or _own_attention(config))
+            network = _network(source, config, dtype=DTYPES[dtype], attention=attention or _own_attention(config))
         except (ValueError, OSError, RuntimeError) as error:
             raise ModelError(f"{source.folder}: cannot be loaded ({_first_line(error)}); fetch it again") from error
     return Model(network if device is None else network.to(device), tokenizer, source)

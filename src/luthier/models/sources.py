@@ -14,20 +14,27 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # type: ignore[attr-defined]  # httpx's or httpx2's, whichever this hub client uses
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from luthier.errors import ModelError, NetworkError
 from luthier.models.cache import cache_folder, made_once
 from luthier.models.gguf import convert_gguf
 from luthier.models.packages import PACKAGED, PackagedModel, fetch
 from luthier.models.weights import weights_hash
-from luthier.recipe.problems import unknown
+from luthier.recipe.problems import nearest
 
 __all__ = ["CatalogueEntry", "ResolvedSource", "catalogue", "resolve"]
 
 _CONVERSION = "v1"  # part of a converted model's place; raised when the conversion's result changes
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_HUB_IGNORED = ["*/*.safetensors", "consolidated*"]  # the same weights again, for other programs
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -74,9 +81,11 @@ def resolve(name: str, environment: Mapping[str, str] = os.environ) -> ResolvedS
         return ResolvedSource(name, "package", folder, PACKAGED[name].licence, environment)
     if _HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix != ".gguf":
         return ResolvedSource(name, "hub", _from_hub(name), environment=environment)
-    if len(path.parts) > 1 or path.suffix:
+    if len(path.parts) > 1 or path.suffix == ".gguf":
         raise ModelError(f"{name}: there is no such file or folder; check the path")
-    raise ModelError(f'no model is called "{name}": {unknown("alias", name, sorted(PACKAGED))}')
+    near = nearest(name, PACKAGED)
+    hint = f'did you mean "{near}"?' if near else f"aliases are {', '.join(sorted(PACKAGED))}"
+    raise ModelError(f"{name}: is no folder, .gguf file, alias or hub id; {hint}")
 
 
 def catalogue(environment: Mapping[str, str] = os.environ) -> list[CatalogueEntry]:
@@ -131,10 +140,12 @@ def _packaged(alias: str, model: PackagedModel, environment: Mapping[str, str]) 
 
 def _from_hub(name: str) -> Path:
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except RepositoryNotFoundError as error:
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
+    except GatedRepoError as error:
+        raise ModelError(f"{name}: its owner asks for consent on the Hugging Face hub; give it and log in") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(f"{name}: is no folder here and no model on the Hugging Face hub; check the name") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError) as error:
         raise NetworkError(
             f"{name}: is no folder here, and the Hugging Face hub cannot be reached; check the network, "
             f"or use an alias that comes with a Python package: {', '.join(sorted(PACKAGED))}"

@@ -1,10 +1,15 @@
 """Where generation stops: every token that may end an answer, as others' tools read it from generation_config.json."""
 
+import logging
+
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from luthier.data.templates import stop_token_ids
+from luthier.errors import TemplateError
 
 __all__ = ["generation_config"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def generation_config(
@@ -12,13 +17,21 @@ def generation_config(
 ) -> GenerationConfig:
     """`given`, or else what the configuration implies, stopping at the tokenizer's end and the template's end of turn.
 
-    Raises TemplateError if there is a chat template that cannot be trained on.
+    A chat template that cannot be trained on adds no token; training on it will be refused.
     """
     settings = GenerationConfig.from_model_config(config) if given is None else GenerationConfig(**given.to_dict())
     known = settings.eos_token_id
     stops = set(known if isinstance(known, list) else [known]) | {tokenizer.eos_token_id}
-    if tokenizer.chat_template is not None:
-        stops |= stop_token_ids(tokenizer)
-    ids = sorted(stops - {None})
+    ids = sorted((stops | _template_stops(tokenizer)) - {None})
     settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     return settings
+
+
+def _template_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    if tokenizer.chat_template is None:
+        return set()
+    try:
+        return stop_token_ids(tokenizer)
+    except TemplateError as error:
+        _LOG.warning("generation stops at %r alone: %s", tokenizer.eos_token, error)
+        return set()

@@ -1,0 +1,76 @@
+"""A model saved in Hugging Face layout: weights, configuration, tokenizer, chat template and where generation stops.
+
+The folder appears whole or not at all. An older model in its place is replaced, but a folder that holds anything that
+is not a model's file is refused, so that nothing of the user's is ever deleted.
+"""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from luthier.adapters.inject import adapted_layers
+from luthier.errors import AdapterError, ModelError
+from luthier.models.cache import written_whole
+from luthier.models.load import DTYPES, Model
+from luthier.models.quiet import quiet
+from luthier.models.stops import generation_config
+
+__all__ = ["save"]
+
+_MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "merges.txt", "tokenizer.model", "vocab.txt")
+
+
+def save(
+    model: Model,
+    folder: str | Path,
+    *,
+    dtype: Literal["bf16", "fp32"] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes the model so that loading it gives equal weights and token ids; tied weights are stored once.
+
+    dtype: of the weights in the file, by default their own.  Returns the folder.
+    Raises AdapterError if adapters are attached, ModelError if the folder cannot be written or holds other files.
+    """
+    place = Path(folder).expanduser().absolute()
+    if adapted := list(adapted_layers(model.network)):
+        raise AdapterError(f"{place}: {adapted[0]} carries an adapter; merge it first, or save the adapter by itself")
+    _check_replaceable(place)
+    try:
+        with quiet(), written_whole(place) as beside:
+            _write(model, beside, dtype=None if dtype is None else DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+    except (OSError, ValueError) as error:  # ValueError: settings that transformers will not write
+        raise ModelError(f"{place}: cannot be written ({error}); make room or choose another place") from error
+    return place
+
+
+def _check_replaceable(place: Path) -> None:
+    if place.exists() and not place.is_dir():
+        raise ModelError(f"{place}: is a file; choose another place for the model")
+    for file in sorted(place.iterdir()) if place.exists() else ():
+        if file.is_dir() or not any(fnmatchcase(file.name, pattern) for pattern in _MODEL_FILES):
+            raise ModelError(f"{place}: holds {file.name}, which is no part of a model; choose another place")
+
+
+def _write(model: Model, folder: Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    network = model.network
+    state = None if dtype is None else _converted(network.state_dict(), dtype)
+    network.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
+    if dtype is not None:  # transformers wrote the type of the network in memory
+        config = type(network.config).from_dict(network.config.to_dict() | {"dtype": dtype})
+        config.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors would let only the owner read
+    model.tokenizer.save_pretrained(folder)
+    generation_config(network.config, model.tokenizer, network.generation_config).save_pretrained(folder)
+
+
+def _converted(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every floating tensor in this type; tensors that share memory still do, so that they are stored once."""
+    converted = {
+        tensor.data_ptr(): tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in state.values()
+    }
+    return {name: converted[tensor.data_ptr()] for name, tensor in state.items()}
