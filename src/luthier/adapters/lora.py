@@ -25,7 +25,7 @@ class LoRA(Adapter):
         self.scale = self.settings.alpha / (math.sqrt(r) if self.settings.rs_scaling else r)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """A as PEFT draws it: uniform in +-1/sqrt(in) (kaiming with a = sqrt 5), or normal with deviation 1/r. B = 0."""
+        """A as PEFT draws it: uniform in +-1/sqrt(in) (kaiming, a = sqrt 5), or normal with deviation 1/r. B = 0."""
         start = torch.empty(self.lora_A.shape)
         if self.settings.init == "gaussian":
             start.normal_(std=1 / self.settings.r, generator=generator)

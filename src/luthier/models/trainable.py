@@ -39,6 +39,6 @@ def checkpoint_layers(network: PreTrainedModel, every: int) -> None:
         network.gradient_checkpointing_disable()
         return
     network.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [m for m in network.modules() if isinstance(m, nn.ModuleList)][0]
+    layers = next(m for m in network.modules() if isinstance(m, nn.ModuleList))
     for i, layer in enumerate(layers):
         setattr(layer, "gradient_checkpointing", i % every == 0)  # noqa: B010  nn.Module types attributes as tensors

@@ -61,6 +61,8 @@ def fit(run: Run) -> Metrics:
     for callback in run.callbacks:
         callback.on_start(progress.step, num_steps)
     try:
+        if run.eval_batches and progress.step == 0:
+            _evaluate(run)
         while progress.step < num_steps and not progress.early_stopped:
             metrics = train_step(run)
             _tell(run, metrics)

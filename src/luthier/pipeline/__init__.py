@@ -1,0 +1,1 @@
+"""What a recipe's words mean, and running them in a row."""

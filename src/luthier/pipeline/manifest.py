@@ -1,0 +1,53 @@
+"""manifest.json: what a run was made of, so that a result can be traced to versions, data and weights."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.data.sources import find_files
+from luthier.recipe.document import Recipe
+
+__all__ = ["write_manifest"]
+
+_PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], artifacts: Mapping[str, Any]) -> None:
+    """Writes versions, hardware, seeds, hashes of the data and of the base model, and each artifact's parent."""
+    manifest = {
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "hardware": _hardware(),
+        "seeds": {f"{i:02d}-{stage.word}": stage.settings.seed for i, stage in enumerate(recipe.stages)},
+        "base_model": dict(base),
+        "data": _data_hashes(recipe),
+        "artifacts": dict(artifacts),
+    }
+    beside = folder / ".manifest.json.part"
+    beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, folder / "manifest.json")
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def _data_hashes(recipe: Recipe) -> dict[str, str]:
+    files: set[str] = set()
+    for stage in recipe.stages:
+        files |= set(find_files(stage.settings.data))
+        if stage.settings.eval_data is not None:
+            files |= set(find_files(stage.settings.eval_data))
+    return {name: _sha256(Path(name)) for name in sorted(files)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

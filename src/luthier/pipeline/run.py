@@ -1,0 +1,103 @@
+"""A recipe's stages in a row, each on the merged model of the one before, going on where an earlier run stopped.
+
+A stage that is done says so in its `summary.json`, under the fingerprint of its settings, data and model; it is not
+done again. Between two stages the adapter is merged into the weights as they are stored (not as they were rounded for
+training), so no adapter ever stands on another.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from luthier.adapters.merge import merge_adapters
+from luthier.adapters.peft_format import load_adapter
+from luthier.errors import CheckpointError
+from luthier.models.load import Model, load
+from luthier.models.save import save
+from luthier.models.sources import resolve
+from luthier.models.weights import weights_hash
+from luthier.pipeline.manifest import write_manifest
+from luthier.pipeline.train import Summary, train
+from luthier.recipe.document import Recipe, Stage, dump_recipe
+from luthier.training.callbacks import Callback
+
+__all__ = ["run_recipe"]
+
+logger = logging.getLogger(__name__)
+
+Listeners = Callable[[int, Stage], Sequence[Callback]]
+
+
+def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()) -> list[Summary]:
+    """Runs every stage that is not done yet and leaves the final model in `output`/model.
+
+    listeners: asked at the start of each stage for the callbacks that shall hear of it. Raises CheckpointError where
+    the output folder holds another recipe's run.
+    """
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    _claim(output, recipe)
+    summaries: list[Summary] = []
+    source = recipe.model
+    for index, stage in enumerate(recipe.stages):
+        folder = output / f"{index:02d}-{stage.word}"
+        last = index == len(recipe.stages) - 1
+        destination = output / "model" if last else folder / "model"
+        summaries.append(_run_stage(stage, source, folder, destination, listeners(index, stage)))
+        source = str(destination)
+    _describe(output, recipe)
+    return summaries
+
+
+def _claim(output: Path, recipe: Recipe) -> None:
+    """Writes the resolved recipe, or makes sure that the one that is there is the same."""
+    path, text = output / "recipe.yaml", dump_recipe(recipe)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise CheckpointError(
+            f"{output} holds a run of another recipe ({path}); choose another output, or delete that folder"
+        )
+    path.write_text(text, encoding="utf-8")
+
+
+def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback]) -> Summary:
+    done = folder / "done.json"
+    if done.exists():
+        logger.info("%s is done already", folder)
+        return Summary(**json.loads(done.read_text(encoding="utf-8")))
+    model = load(source, dtype=stage.settings.dtype)
+    _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks)
+    save(_merged(stage, model, folder), destination)
+    beside = folder / ".done.json.part"
+    beside.write_text((folder / "summary.json").read_text(encoding="utf-8"), encoding="utf-8")
+    os.replace(beside, done)
+    return summary
+
+
+def _merged(stage: Stage, model: Model, folder: Path) -> Model:
+    """The trained model without adapters, merged into the stored weights rather than into their training copies."""
+    if stage.settings.adapter is None:
+        return model
+    stored = load(str(model.source.folder), dtype="fp32")
+    stored.tokenizer = model.tokenizer
+    load_adapter(stored.network, folder / "adapter")
+    merge_adapters(stored.network)
+    return stored
+
+
+def _describe(output: Path, recipe: Recipe) -> None:
+    base = resolve(recipe.model)
+    artifacts = {}
+    parent = f"{recipe.model}"
+    for index, stage in enumerate(recipe.stages):
+        name = f"{index:02d}-{stage.word}"
+        artifacts[f"{name}/adapter" if stage.settings.adapter else name] = {"parent": parent}
+        parent = name
+    artifacts["model"] = {"parent": parent, "sha256": weights_hash(output / "model")}
+    write_manifest(
+        output,
+        recipe,
+        base={"name": recipe.model, "sha256": weights_hash(base.folder)},
+        artifacts=artifacts,
+    )

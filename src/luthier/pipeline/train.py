@@ -1,0 +1,192 @@
+"""One training stage: data, model and settings made into a Run, and what it leaves behind.
+
+Everything that can be refused is refused here before the first step: rows, template, targets, a checkpoint of another
+run. The largest micro-batch and the evaluation go first, so that what does not fit into memory fails in the first
+minute.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from luthier.adapters.base import Adapter
+from luthier.adapters.inject import inject
+from luthier.adapters.peft_format import save_adapter
+from luthier.data.batches import StepPlan, TokenBatch, cut
+from luthier.data.prepare import Prepared, prepare
+from luthier.errors import RecipeError
+from luthier.models.fuse import fuse
+from luthier.models.load import Model
+from luthier.models.trainable import checkpoint_layers, freeze_all, train_all_but
+from luthier.models.weights import weights_hash
+from luthier.pipeline.stages import STAGES
+from luthier.recipe.training import SFT, Training
+from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
+from luthier.training.checkpoints import Checkpoints
+from luthier.training.loop import Run, fit, step_gradients
+from luthier.training.memory import default_micro_batch_tokens, keep_freed_memory
+from luthier.training.optimizers import make_optimizer
+from luthier.training.state import Progress, TrainState
+
+__all__ = ["Summary", "make_run", "prepare_data", "prepare_network", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a stage did. losses in nats a token; first_eval_loss is of the model before its first step."""
+
+    steps: int
+    seconds: float
+    milliseconds_per_step: float
+    tokens: int
+    final_loss: float
+    best_eval_loss: float | None
+    first_eval_loss: float | None
+    final_eval_loss: float | None
+    trained_parameters: int
+    fingerprint: str
+
+
+def train(
+    word: str, settings: Training, model: Model, folder: Path, *, callbacks: Sequence[Callback] = ()
+) -> tuple[Prepared, Summary]:
+    """Trains a stage in `folder`, going on from its last checkpoint if there is one. The network is left as trained."""
+    keep_freed_memory()
+    prepared = prepare_data(settings, model, folder)
+    adapters = prepare_network(settings, model)
+    run = make_run(word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters)
+    _resume_or_rehearse(run, settings)
+    started = time.perf_counter()
+    fit(run)
+    if settings.adapter is not None:
+        save_adapter(model.network, folder / "adapter", base_model=model.source.name)
+    return prepared, _summary(run, folder, time.perf_counter() - started)
+
+
+def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
+    """The stage's sequences, with the template that the settings name."""
+    if isinstance(settings, SFT) and settings.chat_template is not None:
+        model.tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    stops = model.network.generation_config.eos_token_id
+    return prepare(
+        settings,
+        model.tokenizer,
+        eos_token_ids=stops if isinstance(stops, list) else [stops],
+        quarantine=folder / "quarantine.jsonl",
+    )
+
+
+def prepare_network(settings: Training, model: Model) -> list[Adapter]:
+    """Freezes, fuses and adapts the network as the settings say; returns the adapters."""
+    fusion = fuse(model.network)
+    for name, count in fusion.kept.items():
+        logger.info("%d %s differ from the fused form and run as they are", count, name)
+    adapters: list[Adapter] = []
+    if settings.adapter is None:
+        if settings.dtype != "fp32":
+            raise RecipeError(
+                "dtype: training the model itself runs in fp32 so far; set dtype: fp32 or train an adapter"
+            )
+        train_all_but(model.network, settings.freeze)
+    else:
+        freeze_all(model.network)
+        adapters = inject(model.network, settings.adapter, seed=settings.seed)
+    checkpoint_layers(model.network, settings.gradient_checkpointing)
+    model.network.train()
+    return adapters
+
+
+def make_run(
+    word: str,
+    settings: Training,
+    model: Model,
+    prepared: Prepared,
+    folder: Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    adapters: Sequence[Adapter] = (),
+) -> Run:
+    """The Run of a prepared stage: plan, optimizer, checkpoints and who listens."""
+    micro_batch_tokens = settings.micro_batch_tokens or default_micro_batch_tokens(model.device)
+    listeners: list[Callback] = [MetricsFile(folder / "metrics.jsonl"), *callbacks]
+    if "tensorboard" in settings.report_to:
+        listeners.append(TensorBoard(folder / "tensorboard"))
+    return Run(
+        state=TrainState(model.network, make_optimizer(model.network, settings), Progress()),
+        plan=StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps),
+        objective=STAGES[word].objective,
+        settings=settings,
+        micro_batch_tokens=micro_batch_tokens,
+        checkpoints=Checkpoints(
+            folder / "checkpoints", keep_last=settings.keep_last, fingerprint=_fingerprint(settings, model, prepared)
+        ),
+        eval_batches=cut(prepared.evaluation, micro_batch_tokens) if prepared.evaluation else (),
+        callbacks=listeners,
+        after_step=[adapter.after_step for adapter in adapters],
+    )
+
+
+def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
+    """What must be equal for a checkpoint to be of this run: all that decides its numbers."""
+    free = {"output", "resume", "report_to", "keep_last", "model", "data", "eval_data", "on_error"}
+    digest = hashlib.sha256(settings.model_dump_json(exclude=free).encode())
+    digest.update(weights_hash(model.source.folder).encode())
+    for sequence in (*prepared.train, *prepared.evaluation):
+        digest.update(sequence.token_ids.tobytes())
+        digest.update(sequence.trained.tobytes())
+    return digest.hexdigest()
+
+
+def _resume_or_rehearse(run: Run, settings: Training) -> None:
+    assert run.checkpoints is not None
+    if not settings.resume:
+        run.checkpoints.clear()
+    found = run.checkpoints.latest()
+    if found is None:
+        _rehearse(run)
+    else:
+        run.checkpoints.load(found, run.state)
+        logger.info("going on from %s", found)
+
+
+def _rehearse(run: Run) -> None:
+    """The largest micro-batch of the first epoch, forward and backward, its gradient thrown away."""
+    largest: TokenBatch | None = None
+    for step in range(min(run.plan.num_steps, run.plan.steps_per_epoch)):
+        for batch in run.cut(step):
+            if largest is None or batch.num_tokens > largest.num_tokens:
+                largest = batch
+    assert largest is not None
+    torch.manual_seed(0)
+    step_gradients(run.state.network, [largest], run.objective)
+    run.state.optimizer.zero_grad(set_to_none=True)
+
+
+def _summary(run: Run, folder: Path, seconds: float) -> Summary:
+    lines = read_metrics(folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    times = [line["seconds"] for line in lines if "loss" in line]
+    assert run.checkpoints is not None
+    summary = Summary(
+        steps=run.state.progress.step,
+        seconds=seconds,
+        milliseconds_per_step=1000 * sum(times) / max(1, len(times)),
+        tokens=run.state.progress.tokens,
+        final_loss=losses[-1],
+        best_eval_loss=run.state.progress.best_loss,
+        first_eval_loss=evaluations[0] if evaluations else None,
+        final_eval_loss=evaluations[-1] if evaluations else None,
+        trained_parameters=sum(p.numel() for p in run.state.trained().values()),
+        fingerprint=run.checkpoints.fingerprint,
+    )
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n")
+    return summary

@@ -1,0 +1,67 @@
+"""Answers to conversations, with the very token ids that training saw.
+
+The prompt is encoded by the function that training uses, and decoding stops at the tokens that training taught to end
+a turn. Decoding itself is transformers'.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+
+from luthier.data.examples import Chat
+from luthier.data.masks import encode_prompt
+from luthier.data.templates import stop_token_ids
+from luthier.models.load import Model
+
+__all__ = ["Sampling", "answer", "answers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 takes the most likely one."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+
+
+def answer(model: Model, chat: Chat, sampling: Sampling) -> str:
+    """The assistant's next turn."""
+    prompt = encode_prompt(chat, model.tokenizer)
+    stops = stop_token_ids(model.tokenizer)
+    ids = _generate(model, prompt, sampling, stops)
+    while ids and ids[-1] in stops:
+        ids = ids[:-1]
+    text: str = model.tokenizer.decode(ids)
+    return text.strip()
+
+
+def answers(model: Model, chats: list[Chat], sampling: Sampling) -> Iterator[str]:
+    """One answer after the other; conversations do not influence each other."""
+    for chat in chats:
+        yield answer(model, chat, sampling)
+
+
+@torch.inference_mode()
+def _generate(model: Model, prompt: list[int], sampling: Sampling, stops: set[int]) -> list[int]:
+    sampled = sampling.temperature > 0
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampled,
+        eos_token_id=sorted(stops),
+        pad_token_id=min(stops),
+        **({"temperature": sampling.temperature, "top_p": sampling.top_p} if sampled else {}),
+    )
+    torch.manual_seed(sampling.seed)
+    inputs = torch.tensor([prompt], device=model.device)
+    was_training = model.network.training
+    model.network.eval()
+    try:
+        output = model.network.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+    finally:
+        model.network.train(was_training)
+    generated: list[int] = output[0, len(prompt) :].tolist()
+    return generated
