@@ -32,7 +32,8 @@ def linear_logprobs_plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
     """The same by definition, with full logits; what `linear_logprobs` is tested against."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float() * options.scale
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.scale
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -46,8 +47,8 @@ def linear_logprobs(
     """log softmax(h W^T + b)[target] and the entropy of the same distribution, in nats.
 
     hidden: [targets, hidden]. weight: [vocabulary, hidden]. bias: [vocabulary] or None. targets: [targets].
-    Returns log-probabilities [targets] (float32, differentiable in hidden, weight and bias) and entropies [targets]
-    (float32, without gradient).
+    Returns log-probabilities [targets] (differentiable in hidden, weight and bias) and entropies [targets] (without
+    gradient), both float32, or float64 where hidden is.
     """
     logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, targets, options)
     return logprobs, entropy
@@ -56,15 +57,14 @@ def linear_logprobs(
 def _chunks(num_rows: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
     rows = max(16, chunk_bytes // (4 * vocabulary))
     num_chunks = max(1, -(-num_rows // rows))
-    rows = max(
-        1, -(-num_rows // num_chunks)
-    )  # equal chunks: a last chunk of three rows would waste the output layer's read
+    # equal chunks: a last chunk of three rows would waste the output layer's read
+    rows = max(1, -(-num_rows // num_chunks))
     return [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if options.scale != 1.0:
         logits = logits.mul_(options.scale)
     if options.softcap is not None:
@@ -73,8 +73,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOp
 
 
 def _logits_gradient(softmax_minus_target: Tensor, logits: Tensor | None, options: HeadOptions) -> Tensor:
-    """Through the soft cap and the scale, back to the product h W^T, in place. d softcap(z) / dz = 1 - (softcap(z) /
-    c)^2
+    """Through the soft cap and the scale, back to the product h W^T, in place.
+
+    d softcap(z) / dz = 1 - (softcap(z) / c)^2
     """
     gradient = softmax_minus_target
     if options.softcap is not None:
