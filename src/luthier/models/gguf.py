@@ -8,7 +8,7 @@ Architectures without a row in the table are left to transformers' own, slower l
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from luthier.errors import ModelError
 from luthier.models.gguf_architectures import ARCHITECTURES, Architecture
@@ -41,7 +41,7 @@ def _convert(header: Header, tensors: dict[str, LazyTensor], folder: Path) -> No
     config = _config(header, architecture, tensors)
     converted = architecture.tensors(header, tensors)
     _check_complete(header, config, converted)
-    tokenizer = tokenizer_of(header, max_length=config.max_position_embeddings)
+    tokenizer = tokenizer_of(header)
     write_safetensors(folder / "model.safetensors", converted)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -73,16 +73,28 @@ def _check_complete(header: Header, config: PretrainedConfig, converted: list[La
 def _convert_with_transformers(header: Header, folder: Path) -> None:
     place, name = header.file.parent, header.file.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
         network = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise ModelError(
             f"{header.file}: the architecture {header.architecture} cannot be read ({error}); known are "
             f"{', '.join(ARCHITECTURES)} and what the installed transformers knows"
         ) from error
-    del network.config.quantization_config  # dequantized, it is a plain model; transformers would refuse to save it
+    _check_rotary_base(header, network.config)
+    vars(network.config).pop("quantization_config", None)  # dequantized as it is, transformers would not save it
     network.hf_quantizer = None
     network.quantization_method = None
+    tokenizer = tokenizer_of(header)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     generation_config(network.config, tokenizer).save_pretrained(folder)
+
+
+def _check_rotary_base(header: Header, config: PretrainedConfig) -> None:
+    """Some of transformers' conversions leave it at the default, and the model would go wrong without a word."""
+    stored = header.setting("rope.freq_base")
+    read = (config.rope_parameters or {}).get("rope_theta") if "rope_parameters" in vars(config) else None
+    if stored is not None and read != stored:
+        raise ModelError(
+            f"{header.file}: the installed transformers reads the rotary base of {header.architecture} as {read} where "
+            f"the file says {stored}; use the model's safetensors folder instead"
+        )

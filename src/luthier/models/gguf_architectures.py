@@ -131,13 +131,12 @@ def _rope(header: Header, tensors: Tensors) -> Settings:
         return _llama3_rope(header, theta, tensors[_FREQUENCIES].read())
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
+    if kind not in ("linear", "yarn"):
+        raise ModelError(f"{header.file}: scales positions the way {kind!r}, which is not known; use safetensors")
     scaled = {"rope_type": kind, "rope_theta": theta, "factor": _shortest(header.number("rope.scaling.factor"))}
-    if kind == "linear":
-        return scaled
     if kind == "yarn":
-        original = int(header.number("rope.scaling.original_context_length"))
-        return scaled | {"original_max_position_embeddings": original}
-    raise ModelError(f"{header.file}: its way of scaling positions, {kind!r}, is not known; known are linear and yarn")
+        scaled["original_max_position_embeddings"] = int(header.number("rope.scaling.original_context_length"))
+    return scaled
 
 
 def _llama3_rope(header: Header, theta: float, divisors: np.ndarray) -> Settings:

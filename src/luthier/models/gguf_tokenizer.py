@@ -25,12 +25,13 @@ _CUTS = {  # by the names that llama.cpp gives to ways of cutting text before me
     "llama-bpe": _LLAMA3,
     "qwen2": _QWEN2,
     "smollm": _SINGLE_DIGITS,
+    "starcoder": _SINGLE_DIGITS,
 }
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
-def tokenizer_of(header: Header, *, max_length: int) -> PreTrainedTokenizerBase:
-    """The file's tokenizer with its special tokens and chat template. max_length: tokens the model was made for.
+def tokenizer_of(header: Header) -> PreTrainedTokenizerBase:
+    """The file's tokenizer with its special tokens and chat template.
 
     Raises ModelError if the vocabulary is of a kind, or cut in a way, that is not known here.
     """
@@ -42,7 +43,7 @@ def tokenizer_of(header: Header, *, max_length: int) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=_byte_level(header),
         chat_template=header.values.get("tokenizer.chat_template"),
-        model_max_length=max_length,
+        model_max_length=int(header.number("context_length")),
         clean_up_tokenization_spaces=False,
         **_special_tokens(header),
     )
@@ -56,9 +57,7 @@ def _byte_level(header: Header) -> Tokenizer:
             f"{', '.join(_CUTS)}); use the model's safetensors folder instead"
         )
     tokens: list[str] = header.required("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in header.required("tokenizer.ggml.merges")]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe"))
+    tokenizer = Tokenizer(_merging(header, tokens, ignore_merges=cut == "llama-bpe"))
     if cut == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _CUTS[cut]
@@ -68,6 +67,15 @@ def _byte_level(header: Header) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text, kind in kinds if kind == _CONTROL])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text, kind in kinds if kind == _USER_DEFINED])
     return tokenizer
+
+
+def _merging(header: Header, tokens: list[str], *, ignore_merges: bool) -> models.BPE:
+    merges = [tuple(merge.split(" ", 1)) for merge in header.required("tokenizer.ggml.merges")]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    try:
+        return models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ModelError(f"{header.file}: its tokenizer is damaged ({error}); fetch the file again") from error
 
 
 def _ends(header: Header, tokens: list[str]) -> processors.PostProcessor:

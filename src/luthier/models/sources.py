@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's or httpx2's, by version
     GatedRepoError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # httpx's or httpx2's, whichever this hub client uses
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
