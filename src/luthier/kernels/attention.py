@@ -71,16 +71,16 @@ class _ExplicitAttention(Function):
         weights = torch.softmax(scores.add_(future), dim=-1).to(query.dtype).view(len(key), -1, tokens)
         ctx.save_for_backward(grouped, key, value, weights)
         ctx.scale = scale
-        return torch.bmm(weights, value).view(1, heads, tokens, size)
+        return torch.bmm(weights, value).view(1, heads, tokens, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         grouped, key, value, weights = ctx.saved_tensors
-        grad_grouped = grad.reshape(grouped.shape)
+        grad_grouped = grad.reshape(len(key), -1, value.shape[-1])
         grad_value = torch.bmm(weights.transpose(1, 2), grad_grouped)
         grad_weights = torch.bmm(grad_grouped, value.transpose(1, 2)).float()
         wide = weights.float()
         along = (grad_weights * wide).sum(-1, keepdim=True)
         grad_scores = grad_weights.sub_(along).mul_(wide).mul_(ctx.scale).to(weights.dtype)
-        grad_query = torch.bmm(grad_scores, key).view(grad.shape)
+        grad_query = torch.bmm(grad_scores, key).view(*grad.shape[:-1], -1)
         return grad_query, torch.bmm(grad_scores.transpose(1, 2), grouped), grad_value, None
