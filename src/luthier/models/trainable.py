@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from luthier.errors import RecipeError
+from luthier.errors import ModelError, RecipeError
 
 __all__ = ["checkpoint_layers", "freeze_all", "train_all_but"]
 
@@ -34,11 +37,13 @@ def train_all_but(network: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def checkpoint_layers(network: PreTrainedModel, every: int) -> None:
-    """Recomputes every `every`-th layer in the backward pass, keeping only its input; 0 turns it off."""
-    if not every:
-        network.gradient_checkpointing_disable()
-        return
-    network.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = next(m for m in network.modules() if isinstance(m, nn.ModuleList))
+    """Recomputes every `every`-th layer in the backward pass, keeping only its input; 0 keeps all activations.
+
+    Raises ModelError for an architecture whose layers cannot be recomputed.
+    """
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if every and not layers:
+        raise ModelError(f"{type(network).__name__} cannot recompute its layers; set gradient_checkpointing: 0")
     for i, layer in enumerate(layers):
-        setattr(layer, "gradient_checkpointing", i % every == 0)  # noqa: B010  nn.Module types attributes as tensors
+        layer.gradient_checkpointing = bool(every) and i % every == 0
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

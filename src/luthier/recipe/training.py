@@ -123,7 +123,7 @@ class Training(Settings):
     """The type of the base weights and activations; what is trained and its optimizer state stay in fp32."""
 
     gradient_checkpointing: Annotated[bool | Annotated[int, Ge(0)], AfterValidator(int)] = 0
-    """Keeps activations of every Nth layer only and computes the others again: less memory, more time; 0 keeps all."""
+    """Computes every Nth layer a second time in the backward pass: less memory, more time; 0 keeps all activations."""
 
     eval_every: Interval = Field(default_factory=_evaluation_interval)
     """Steps from one evaluation to the next, or epoch; by default epoch where there is data for it."""

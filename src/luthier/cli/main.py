@@ -1,0 +1,90 @@
+"""The `luthier` command. A command's module is imported only when that command runs, so `--help` needs neither torch
+nor transformers.
+
+Errors that the user can mend are printed as their one sentence, with exit code 1; `--debug` prints the traceback.
+Ctrl-C ends a run with exit code 130; what it saved is kept, and the same command goes on from there.
+"""
+
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+
+from luthier import __version__
+from luthier.errors import LuthierError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, one line of help
+    "run": ("run", "Run a recipe, or go on with it where it stopped."),
+    "sft": ("train", "Fine-tune on conversations."),
+    "pretrain": ("train", "Go on pretraining on plain text."),
+    "generate": ("generate", "Answer prompts."),
+    "chat": ("chat", "Talk with a model."),
+    "merge": ("merge", "Merge an adapter into its model."),
+    "data": ("data", "Look at data: preview, validate, convert, stats."),
+    "models": ("models", "List the models that have a short name."),
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"luthier.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command(cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(word, text) for word, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="luthier")
+@click.option("--debug", is_flag=True, help="Show tracebacks and every log line.")
+def luthier(debug: bool) -> None:
+    """Fine-tune, align, compress, evaluate and serve language models from one recipe."""
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
+    if not debug:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and ends the process with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        luthier.main(given, standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted; run the same command again to go on")
+        sys.exit(130)
+    except LuthierError as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        _say(str(error))
+        sys.exit(1)
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]luthier:[/] {_escaped(sentence)}", soft_wrap=True)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
