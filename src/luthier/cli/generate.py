@@ -13,7 +13,7 @@ from luthier.rollout.generate import Sampling, answers
 
 __all__ = ["command", "load_with_adapter", "sampling_options"]
 
-_OPTIONS: list[Callable[[Any], Any]] = [
+_OPTIONS: tuple[Callable[[Callable[..., None]], object], ...] = (
     click.option("--model", default="smollm2-135m", show_default=True, help="The model that answers."),
     click.option("--adapter", type=click.Path(path_type=Path), help="An adapter's folder, PEFT layout."),
     click.option("--system", help="The system message."),
@@ -21,13 +21,13 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 is greedy."),
     click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
     click.option("--seed", default=42, show_default=True, type=click.IntRange(0)),
-]
+)
 
 
 def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options that `generate` and `chat` share."""
     for option in reversed(_OPTIONS):
-        function = option(function)
+        option(function)  # click notes its options on the function itself
     return function
 
 

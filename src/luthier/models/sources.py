@@ -81,7 +81,7 @@ def resolve(name: str, environment: Mapping[str, str] = os.environ) -> ResolvedS
         return ResolvedSource(name, "package", folder, PACKAGED[name].licence, environment)
     if _HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix != ".gguf":
         return ResolvedSource(name, "hub", _from_hub(name), environment=environment)
-    if len(path.parts) > 1 or path.suffix == ".gguf":
+    if len(path.parts) > 1 or name.startswith(".") or path.suffix == ".gguf":
         raise ModelError(f"{name}: there is no such file or folder; check the path")
     near = nearest(name, PACKAGED)
     hint = f'did you mean "{near}"?' if near else f"aliases are {', '.join(sorted(PACKAGED))}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from luthier.errors import ModelError
 from luthier.models.cache import cache_folder
@@ -84,20 +85,25 @@ def _hash(files: Sequence[Path]) -> str:
 
 
 def _entry_hashes(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
+    _check(file)
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = 8 + int.from_bytes(data[:8], "little")
-        try:
-            header = json.loads(data[8:start])
-            spans = [tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{file}: is not a safetensors file; fetch or save the model again") from error
-        if spans and max(end for _, end in spans) != len(data) - start:
-            raise ModelError(f"{file}: is cut short; fetch or save the model again")
+        header = json.loads(data[8:start])
         header.pop("__metadata__", None)
+        spans = [tensor["data_offsets"] for tensor in header.values()]
         with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
             digests = list(threads.map(lambda span: _digest(data, start + span[0], start + span[1]), spans))
     for (name, tensor), digest in zip(header.items(), digests, strict=True):
         yield name, tensor["dtype"], tensor["shape"], digest
+
+
+def _check(file: Path) -> None:
+    """The library's own checks: a whole header, and a file exactly as long as the header says."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: is no whole safetensors file ({error}); fetch or save the model again") from error
 
 
 def _digest(data: mmap.mmap, start: int, end: int) -> str:
