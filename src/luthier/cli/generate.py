@@ -1,5 +1,6 @@
 """`luthier generate`: one answer to each prompt, from the command line or from standard input, a line each."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _OPTIONS: tuple[Callable[[Callable[..., None]], object], ...] = (
 
 def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options that `generate` and `chat` share."""
-    for option in reversed(_OPTIONS):
+    for option in _OPTIONS[::-1]:
         option(function)  # click notes its options on the function itself
     return function
 
@@ -52,7 +53,7 @@ def command(word: str) -> click.Command:
         system: str | None,
         **sampling: Any,
     ) -> None:
-        asked = list(prompts) or [line.rstrip("\n") for line in click.get_text_stream("stdin") if line.strip()]
+        asked = list(prompts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
         before = (Message("system", system),) if system else ()
         chats = [Chat((*before, Message("user", prompt))) for prompt in asked]
         for text in answers(load_with_adapter(model, adapter), chats, Sampling(**sampling)):
