@@ -66,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and ends the process with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        luthier.main(given, standalone_mode=False)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
+        sys.exit(luthier.main(given, standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -88,3 +86,7 @@ def _say(sentence: str) -> None:
 
 def _escaped(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    main()
