@@ -39,9 +39,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def network() -> Factory:
     def build(architecture: str = "llama", *, seed: int = 0, **settings: object) -> PreTrainedModel:
         """Random weights everywhere, norms and biases included, so that none can be lost or exchanged unseen."""
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         sizes = {"vocab_size": 288, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-        config = AutoConfig.for_model(architecture, **(sizes | heads | settings))
+        config = AutoConfig.for_model(architecture, **(ends | sizes | heads | settings))
         built = AutoModelForCausalLM.from_config(config).eval()
         generator = torch.Generator().manual_seed(seed)
         for parameter in built.parameters():

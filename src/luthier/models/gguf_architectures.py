@@ -65,13 +65,13 @@ class Architecture:
         return [self._converted(header, tensor) for name, tensor in tensors.items() if name != _FREQUENCIES]
 
     def _converted(self, header: Header, tensor: LazyTensor) -> LazyTensor:
-        name, read = self._name(header, tensor.name), tensor.read
+        name = self._name(header, tensor.name)
         if self.permuted and (".attn_q." in tensor.name or ".attn_k." in tensor.name):
             heads = _num_heads(header) if ".attn_q." in tensor.name else _num_kv_heads(header)
-            read = lambda: _unpermuted(tensor.read(), heads)  # noqa: E731
+            return replace(tensor, name=name, read=lambda: _unpermuted(tensor.read(), heads))
         if self.shifted and name.endswith("norm.weight"):
-            read = lambda: tensor.read() - np.float32(1)  # noqa: E731
-        return replace(tensor, name=name, read=read)
+            return replace(tensor, name=name, read=lambda: tensor.read() - np.float32(1))
+        return replace(tensor, name=name)
 
     def _name(self, header: Header, name: str) -> str:
         stem, _, kind = name.rpartition(".")

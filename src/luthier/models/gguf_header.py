@@ -54,7 +54,7 @@ class Header:
 
 
 def read_gguf(file: Path) -> tuple[Header, dict[str, LazyTensor]]:
-    """The metadata and the tensors, dequantized when read: BF16 and F16 as they are, all others as F32.
+    """The metadata and the tensors, dequantized when read: BF16 and F16 matrices as they are, all else as F32.
 
     Raises ModelError if the file is damaged or no GGUF file.
     """
@@ -70,7 +70,7 @@ def read_gguf(file: Path) -> tuple[Header, dict[str, LazyTensor]]:
 
 def _lazy(tensor: ReaderTensor) -> LazyTensor:
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    if tensor.tensor_type not in _KEPT:
+    if tensor.tensor_type not in _KEPT or len(shape) == 1:  # vectors are small, and some are calculated with
         return LazyTensor(tensor.name, "F32", shape, partial(dequantize, tensor.data, tensor.tensor_type))
     bits = tensor.data.view(np.uint16).reshape(shape)
     return LazyTensor(tensor.name, _KEPT[tensor.tensor_type], shape, lambda: bits)

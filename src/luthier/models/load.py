@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from luthier.errors import ModelError
 from luthier.models.attention import ATTENTION, register_attention, supports_ragged
 from luthier.models.quiet import quiet
 from luthier.models.sources import ResolvedSource, resolve
+from luthier.models.stops import generation_config
 
 __all__ = ["DTYPES", "Model", "load"]
 
@@ -74,7 +76,8 @@ def load(
             config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
             network = _network(source, config, dtype=DTYPES[dtype], attention=attention or _own_attention(config))
-        except (ValueError, OSError, RuntimeError) as error:
+            network.generation_config = generation_config(config, tokenizer, network.generation_config)
+        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{source.folder}: cannot be loaded ({_first_line(error)}); fetch it again") from error
     return Model(network if device is None else network.to(device), tokenizer, source)
 

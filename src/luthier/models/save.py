@@ -33,6 +33,7 @@ def save(
     """Writes the model so that loading it gives equal weights and token ids; tied weights are stored once.
 
     dtype: of the weights in the file, by default their own.  Returns the folder.
+    The network's generation settings are completed on the way, as loading does: they stop at the end of a turn.
     Raises AdapterError if adapters are attached, ModelError if the folder cannot be written or holds other files.
     """
     place = Path(folder).expanduser().absolute()
@@ -57,6 +58,7 @@ def _check_replaceable(place: Path) -> None:
 
 def _write(model: Model, folder: Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
     network = model.network
+    network.generation_config = generation_config(network.config, model.tokenizer, network.generation_config)
     state = None if dtype is None else _converted(network.state_dict(), dtype)
     network.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
     if dtype is not None:  # transformers wrote the type of the network in memory
@@ -65,7 +67,6 @@ def _write(model: Model, folder: Path, *, dtype: torch.dtype | None, max_shard_b
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)  # safetensors would let only the owner read
     model.tokenizer.save_pretrained(folder)
-    generation_config(network.config, model.tokenizer, network.generation_config).save_pretrained(folder)
 
 
 def _converted(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -24,6 +24,10 @@ def generation_config(
     stops = set(known if isinstance(known, list) else [known]) | {tokenizer.eos_token_id}
     ids = sorted((stops | _template_stops(tokenizer)) - {None})
     settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # nearly always a temperature without do_sample, which transformers reads but will not save
+        settings.do_sample = True
     return settings
 
 
