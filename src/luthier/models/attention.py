@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from luthier.kernels.attention import ragged_attention
+from luthier.kernels.attention import ragged_attention, window_mask
 
 __all__ = ["ATTENTION", "register_attention", "supports_ragged"]
 
@@ -30,8 +30,13 @@ def supports_ragged(config: PretrainedConfig) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is None and config.model_type not in {"gpt_oss"}
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, *, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor | None:
+    """None for whole sequences without padding, where `_attention` knows what a token sees; else transformers' mask."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **options)
 
 
 def _attention(
@@ -48,6 +53,8 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     if segment_lengths is None:
+        if attention_mask is None and sliding_window is not None and query.shape[2] == key.shape[2]:
+            attention_mask = window_mask(query.shape[2], sliding_window, query.device)
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
