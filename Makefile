@@ -2,10 +2,14 @@
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
+# The main job: rows from the installed Python's docstrings, a recipe, a tuned model and what changed.
+demo: setup
+	.venv/bin/python recipes/python_library.py
+
 # Two workers with one thread each: more threads than cores only make the workers wait for one another.
 TEST := -m pytest -q -n 2 -m "not slow"
 
-.PHONY: setup test test-slow test-oldest lint format clean
+.PHONY: setup demo test test-slow test-oldest lint format clean
 
 setup: .venv/installed
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AdapterSettings
 
-__all__ = ["AdaptedLinear", "Adapter"]
+__all__ = ["AdaptedLinear", "Adapter", "Base"]
 
 Base = Callable[[Tensor], Tensor]
 
