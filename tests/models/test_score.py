@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from luthier.data.batches import collate
 from luthier.data.examples import Origin
 from luthier.data.sequences import TokenSequence
-from luthier.models.attention import ATTENTION, register_attention, supports_ragged
+from luthier.models.attention import ATTENTION, RAGGED, register_attention, supports_ragged
 from luthier.models.score import hidden_states, score
 
 Factory = Callable[..., PreTrainedModel]
@@ -19,7 +19,7 @@ Factory = Callable[..., PreTrainedModel]
 VOCABULARY = 97
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 LAYERS = ["sliding_attention", "full_attention"]
-RAGGED = {
+PACKED = {
     "llama": {},
     "llama_tied": {"tie_word_embeddings": True},
     "qwen3": {},
@@ -47,7 +47,7 @@ def sequences(lengths: tuple[int, ...] = (9, 2, 17, 6), *, seed: int = 0) -> lis
 
 def tiny(network: Factory, name: str) -> PreTrainedModel:
     register_attention()
-    built = network(name.removesuffix("_tied"), **SIZES, **(RAGGED | ONE_BY_ONE)[name])
+    built = network(name.removesuffix("_tied"), **SIZES, **(PACKED | ONE_BY_ONE)[name])
     built.set_attn_implementation(ATTENTION if supports_ragged(built.config) else "eager")
     return built
 
@@ -61,7 +61,7 @@ def logits(model: PreTrainedModel, one: TokenSequence) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("name", [*RAGGED, *ONE_BY_ONE])
+@pytest.mark.parametrize("name", [*PACKED, *ONE_BY_ONE])
 @torch.no_grad()
 def test_scores_equal_transformers_own_logits(network: Factory, name: str) -> None:
     """To 1e-5: float32 sums of other order, over two layers."""
@@ -99,7 +99,7 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", [*RAGGED, *ONE_BY_ONE])
+@pytest.mark.parametrize("name", [*PACKED, *ONE_BY_ONE])
 def test_loss_and_gradients_equal_transformers_on_a_padded_batch(network: Factory, name: str) -> None:
     """Gradients to 1e-5 of the largest: float32 sums of other order."""
     model, rows = tiny(network, name), sequences()
@@ -115,7 +115,7 @@ def test_loss_and_gradients_equal_transformers_on_a_padded_batch(network: Factor
         torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-5 * largest, msg=key)
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", PACKED)
 @torch.no_grad()
 def test_a_changed_neighbour_changes_no_logprob_of_the_others(network: Factory, name: str) -> None:
     """Exactly: rows of a matrix product do not mix, and attention runs sequence by sequence."""
@@ -128,7 +128,7 @@ def test_a_changed_neighbour_changes_no_logprob_of_the_others(network: Factory, 
     assert not torch.equal(score(model, before).logprobs[~same], score(model, after).logprobs[~same])
 
 
-@pytest.mark.parametrize("name", [*RAGGED, *ONE_BY_ONE])
+@pytest.mark.parametrize("name", [*PACKED, *ONE_BY_ONE])
 @torch.no_grad()
 def test_packed_equals_one_by_one_in_any_order(network: Factory, name: str) -> None:
     """To 1e-5 and not exactly: a matrix product of another height may add up in another order."""
@@ -139,13 +139,45 @@ def test_packed_equals_one_by_one_in_any_order(network: Factory, name: str) -> N
     torch.testing.assert_close(turned, torch.cat(alone[::-1]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", sorted(RAGGED))
+@torch.no_grad()
+def test_every_architecture_that_runs_packed_equals_its_own_attention(network: Factory, architecture: str) -> None:
+    """One rounding of a larger stream in each of two layers: 1e-5 of the largest hidden state."""
+    model, batch = network(architecture, **SIZES, sliding_window=4, pad_token_id=0), collate(sequences())
+    register_attention()
+    assert supports_ragged(model.config)
+    model.set_attn_implementation("eager")
+    alone = hidden_states(model, batch)
+    model.set_attn_implementation(ATTENTION)
+    assert model.config._attn_implementation == ATTENTION
+    torch.testing.assert_close(hidden_states(model, batch), alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {"attention_dropout": 0.1}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        ("gemma2", {}),
+        ("qwen3_next", {}),
+        ("stablelm", {}),
+    ],
+    ids=str,
+)
+def test_what_a_ragged_stream_cannot_compute_is_left_to_transformers(
+    architecture: str, settings: dict[str, object]
+) -> None:
+    assert not supports_ragged(AutoConfig.for_model(architecture, **settings))
+
+
 @torch.no_grad()
 def test_hidden_states_cover_every_token_of_the_stream(network: Factory) -> None:
     model, batch = tiny(network, "llama"), collate(sequences())
     assert hidden_states(model, batch).shape == (batch.num_tokens, SIZES["hidden_size"])
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", PACKED)
 @torch.no_grad()
 def test_a_forward_pass_without_segments_is_transformers_own(network: Factory, name: str) -> None:
     """Whole, padded on the left, and in two pieces through a cache: what generation does."""
@@ -163,7 +195,7 @@ def test_a_forward_pass_without_segments_is_transformers_own(network: Factory, n
         torch.testing.assert_close(one, run(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", PACKED)
 def test_greedy_generation_is_transformers_own(network: Factory, name: str) -> None:
     model, ids = tiny(network, name), torch.from_numpy(sequences((12,))[0].token_ids.astype(np.int64))[None]
     ours = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)

@@ -14,9 +14,18 @@ from transformers.masking_utils import sdpa_mask
 
 from luthier.kernels.attention import ragged_attention, window_mask
 
-__all__ = ["ATTENTION", "register_attention", "supports_ragged"]
+__all__ = ["ATTENTION", "RAGGED", "register_attention", "supports_ragged"]
 
 ATTENTION = "luthier"
+
+RAGGED = frozenset(
+    {
+        *("apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4"),
+        *("gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3"),
+        *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
+    }
+)
+_LEFT_OUT = ("attention_chunk_size", "attention_dropout", "attn_logit_softcapping", "use_bidirectional_attention")
 
 
 def register_attention() -> None:
@@ -26,8 +35,16 @@ def register_attention() -> None:
 
 
 def supports_ragged(config: PretrainedConfig) -> bool:
-    """Whether ragged attention computes what the architecture asks for: no soft cap on scores, no learned sinks."""
-    return getattr(config, "attn_logit_softcapping", None) is None and config.model_type not in {"gpt_oss"}
+    """Whether a ragged stream gives what the architecture gives to each sequence alone; only what is tested does.
+
+    Not where scores are capped or dropped, where a token sees later ones, or where rotary positions depend on the
+    longest sequence at hand. Recurrent layers and convolutions would carry one sequence into the next.
+    """
+    if config.model_type not in RAGGED or any(getattr(config, name, None) for name in _LEFT_OUT):
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    return not kinds & {"dynamic", "longrope"}
 
 
 def _mask(
@@ -36,7 +53,8 @@ def _mask(
     """None for whole sequences without padding, where `_attention` knows what a token sees; else transformers' mask."""
     if attention_mask is None and q_length == kv_length:
         return None
-    return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **options)
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **options)
+    return mask
 
 
 def _attention(
