@@ -94,7 +94,7 @@ def _candidates(module: nn.Module, name: str, activation: str | None) -> list[nn
 @torch.no_grad()
 def _same(old: nn.Module, new: nn.Module) -> bool:
     """On rows from a ten-thousandth to a thousand times the usual size: where eps counts and where bounds would."""
-    parameter = next(old.parameters())
+    parameter = next(new.parameters())
     generator = torch.Generator(parameter.device).manual_seed(0)
     rows = torch.randn(1, 8, parameter.shape[-1], generator=generator, device=parameter.device)
     x = (rows * torch.logspace(-4, 3, 8, device=parameter.device)[:, None]).to(parameter.dtype)
