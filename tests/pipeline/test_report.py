@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.cli.report import command
@@ -152,6 +152,7 @@ def test_the_page_refers_to_nothing_outside_and_forbids_scripts(run: Path) -> No
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
 
 
+@settings(deadline=None, max_examples=25)  # each example compiles the template and writes two pages
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
 def test_no_text_becomes_markup(run_once: Path, text: str) -> None:
     hostile = f"</pre><script>alert('1')</script>\"<b onclick=x>{text}"
@@ -194,6 +195,7 @@ def test_the_command_prints_where_the_page_is(run: Path, capsys: pytest.CaptureF
 values = st.floats(-1e9, 1e9).filter(lambda y: y == 0 or abs(y) > 1e-9)
 
 
+@settings(deadline=None)
 @given(ys=st.lists(values, min_size=1, max_size=600), from_zero=st.booleans())
 def test_every_point_lies_in_the_field_and_the_ticks_enclose_it(ys: list[float], from_zero: bool) -> None:
     drawn = chart("x", [Line("y", "single", list(enumerate(ys, start=1)))], from_zero=from_zero)
