@@ -81,7 +81,7 @@ class _Fixed(StepPlan):
 
 
 def run_trl(dtype: str, steps: list[list[TokenSequence]], *, packed: bool, micro_batch: int) -> dict[str, Any]:
-    """TRL's SFTTrainer on the same token ids and masks; packed means padding-free batches under its varlen-less attention."""
+    """TRL's SFTTrainer on the same token ids and masks; packed: its padding-free batches."""
     import peft
     import trl
     from datasets import Dataset
@@ -110,7 +110,7 @@ def run_trl(dtype: str, steps: list[list[TokenSequence]], *, packed: bool, micro
             lr_scheduler_type="constant",
             max_grad_norm=1.0,
             weight_decay=0.0,
-            max_length=MAX_LENGTH,
+            max_length=None if packed else MAX_LENGTH,  # no row is longer; padding-free takes no limit
             padding_free=packed,
             completion_only_loss=True,
             gradient_checkpointing=False,
@@ -205,9 +205,7 @@ def main() -> None:
         n: statistics.median(t / s for t, s in zip(tokens[1:], r["seconds"][1:], strict=True))
         for n, r in results.items()
     }
-    print(
-        f"{options.dtype}, {options.steps} steps of {BATCH_SIZE} rows, {sum(tokens)} tokens, {torch.get_num_threads()} threads"
-    )
+    print(f"{options.dtype}, {options.steps} steps of {BATCH_SIZE} rows, {sum(tokens)} tokens")
     for name, result in results.items():
         losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:4])
         print(f"{name:16} {speed[name]:7.1f} tokens/s  {result['peak_bytes'] / 1e9:5.2f} GB  losses {losses} ...")
