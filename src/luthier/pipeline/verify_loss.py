@@ -1,0 +1,157 @@
+"""Loss invariance, shown on the user's own recipe: the gradient of a step does not depend on how the step is cut.
+
+The same sequences go through the model whole, in two micro-batches, one by one and in another order, and the gradients
+are compared. Beside them stands what averaging the micro-batches' means would have given, the common mistake.
+Dropout is off, since its draws belong to a micro-batch, and all is computed in float32, so that only the order of
+summation can make a difference.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from luthier.adapters.inject import adapter_parameters
+from luthier.data.batches import StepPlan, TokenBatch, collate, cut
+from luthier.data.sequences import TokenSequence
+from luthier.errors import VerificationError
+from luthier.models.load import Model, load
+from luthier.pipeline.stages import STAGES
+from luthier.pipeline.train import prepare_data, prepare_network
+from luthier.recipe.document import Recipe
+from luthier.recipe.training import Training
+from luthier.training.loop import Objective, step_gradients
+
+__all__ = ["GRADIENT_BOUND", "CutResult", "LossProof", "verify_loss"]
+
+# float32 rounds at 6e-8, and a gradient is a sum of thousands of terms whose order the cut decides: some 1e-6 of its
+# norm. A wrong divisor changes it by percents.
+GRADIENT_BOUND = 1e-5
+_PERTURBATION = 0.01  # of adapter parameters that start at zero, beside which others would have no gradient
+
+Gradient = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class CutResult:
+    """A way to compute the step. loss: nats a unit. difference: |g - g_whole| / |g_whole| over all that is trained."""
+
+    name: str
+    num_micro_batches: int
+    loss: float
+    difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class LossProof:
+    """cuts: all ways to compute the step, the whole first. averaged: the mean of the means of single sequences."""
+
+    num_sequences: int
+    num_tokens: int
+    num_trained_tokens: int
+    cuts: tuple[CutResult, ...]
+    averaged: CutResult
+
+    @property
+    def largest_difference(self) -> float:
+        """The largest relative difference of a gradient to the whole step's."""
+        return max(result.difference for result in self.cuts)
+
+
+def verify_loss(recipe: Recipe, *, num_sequences: int = 8, objective: Objective | None = None) -> LossProof:
+    """Computes one step of the recipe's first stage in every way.
+
+    num_sequences: of those with a trained token, in the order that the stage's seed gives. objective: by default the
+    stage's own. Raises VerificationError if a gradient differs by more than GRADIENT_BOUND.
+    """
+    stage = recipe.stages[0]
+    settings = stage.settings.model_copy(update={"dtype": "fp32"})
+    model = load(recipe.model, dtype="fp32")
+    sequences = _sequences(settings, model, num_sequences)
+    prepare_network(settings, model)
+    _perturb(model.network, settings.seed)
+    model.network.eval()
+    proof = _measure(model.network, sequences, objective or STAGES[stage.word].objective)
+    _check(proof)
+    return proof
+
+
+def _sequences(settings: Training, model: Model, wanted: int) -> list[TokenSequence]:
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare_data(settings, model, Path(folder))
+    usable = [s for s in prepared.train if s.num_trained]
+    sequences = StepPlan(usable, wanted, epochs=1, seed=settings.seed).step(0)
+    if len(sequences) < 2:
+        raise VerificationError("one sequence cannot be cut in several ways; give at least two rows and two sequences")
+    return sequences
+
+
+@torch.no_grad()
+def _perturb(network: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter_parameters(network).values():
+        if not parameter.any():
+            parameter.copy_(_PERTURBATION * torch.randn(parameter.shape, generator=generator))
+
+
+def _measure(network: nn.Module, sequences: Sequence[TokenSequence], objective: Objective) -> LossProof:
+    half = len(sequences) // 2
+    singles = cut(sequences, None, packing=False)
+    ways = {
+        "two micro-batches": [collate(sequences[:half]), collate(sequences[half:])],
+        "one sequence each": singles,
+        "in reverse order": [collate(sequences[::-1])],
+    }
+    whole = collate(sequences)
+    loss, reference = _gradient(network, [whole], objective)
+    cuts = [CutResult("whole", 1, loss, 0.0)]
+    for name, batches in ways.items():
+        loss, gradient = _gradient(network, batches, objective)
+        cuts.append(CutResult(name, len(batches), loss, _difference(gradient, reference)))
+    loss, gradient = _averaged(network, singles, objective)
+    return LossProof(
+        num_sequences=len(sequences),
+        num_tokens=whole.num_tokens,
+        num_trained_tokens=whole.count("tokens"),
+        cuts=tuple(cuts),
+        averaged=CutResult("means averaged", len(singles), loss, _difference(gradient, reference)),
+    )
+
+
+def _gradient(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> tuple[float, Gradient]:
+    network.zero_grad(set_to_none=True)
+    loss = step_gradients(network, batches, objective)["loss"]
+    gradient = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad(set_to_none=True)
+    return loss, gradient
+
+
+def _averaged(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> tuple[float, Gradient]:
+    """The mistake: each micro-batch divides by its own units, and the results are averaged."""
+    network.zero_grad(set_to_none=True)
+    losses = [step_gradients(network, [batch], objective)["loss"] for batch in batches]
+    gradient = {name: p.grad / len(batches) for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad(set_to_none=True)
+    return sum(losses) / len(batches), gradient
+
+
+def _difference(gradient: Gradient, reference: Gradient) -> float:
+    """|g - r| / |r| over all parameters together: single ones (a key's bias) may have no gradient but rounding."""
+    if gradient.keys() != reference.keys():
+        return float("inf")
+    squared = sum(float((gradient[name].double() - r.double()).square().sum()) for name, r in reference.items())
+    norm = sum(float(r.double().square().sum()) for r in reference.values())
+    return float((squared / norm) ** 0.5) if norm else float("nan")
+
+
+def _check(proof: LossProof) -> None:
+    for result in proof.cuts:
+        if not result.difference <= GRADIENT_BOUND:  # written so that nan, from a gradient of zeros, fails too
+            raise VerificationError(
+                f"the gradient computed as {result.name} differs from the whole step's by {result.difference:.1e} of "
+                f"its norm, more than the {GRADIENT_BOUND:.0e} that float32's order of summation explains; the "
+                "objective must return its losses one by one and leave the division to the loop"
+            )
