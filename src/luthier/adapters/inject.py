@@ -55,23 +55,24 @@ def _unknown_target(wanted: str, linears: dict[str, nn.Linear]) -> str:
 
 
 def inject(network: nn.Module, settings: AdapterSettings, *, seed: int, name: str = DEFAULT_NAME) -> list[Adapter]:
-    """Puts an adapter on every target layer and makes it the active one. The rest of the network is left as it is.
+    """Puts an adapter on every target layer, active besides those that are. The rest of the network stays as it is.
 
     The start values of a layer depend on the seed and on the layer's name alone, not on the order of injection.
-    Raises AdapterError for unknown targets, a rank above a layer's size, or a name that is taken.
+    Raises AdapterError for unknown targets, a rank above a layer's size, or a name that is taken; the network is then
+    left as it was.
     """
-    adapters: list[Adapter] = []
-    for path, linear in targets(network, settings.target_modules).items():
-        layer = _adapted(network, path)
-        if name in layer.adapters:
+    chosen = targets(network, settings.target_modules)
+    for path, present in adapted_layers(network).items():
+        if path in chosen and name in present.adapters:
             raise AdapterError(
                 f'{path}: an adapter named "{name}" is there already; choose another name or delete it first'
             )
-        adapter = ADAPTERS[settings.type](linear, settings, name=path)
-        adapter.initialize(_generator(seed, path))
-        layer.adapters[name] = adapter
+    adapters = [ADAPTERS[settings.type](linear, settings, name=path) for path, linear in chosen.items()]
+    for adapter in adapters:
+        adapter.initialize(_generator(seed, adapter.name))
+        layer = _adapted(network, adapter.name)
+        layer.adapters[name] = adapter.train(layer.training)
         layer.active = (*layer.active, name)
-        adapters.append(adapter)
     return adapters
 
 
@@ -80,7 +81,7 @@ def _adapted(network: nn.Module, path: str) -> AdaptedLinear:
     if isinstance(layer, AdaptedLinear):
         return layer
     assert isinstance(layer, nn.Linear)
-    adapted = AdaptedLinear(layer)
+    adapted = AdaptedLinear(layer).train(layer.training)
     network.set_submodule(path, adapted)
     return adapted
 

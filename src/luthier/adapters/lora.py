@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.adapters.base import Adapter, Base
+from luthier.errors import AdapterError
 from luthier.kernels.low_rank import add_low_rank
 from luthier.recipe.adapters import LoRA as LoRASettings
 
@@ -19,7 +20,9 @@ class LoRA(Adapter):
     settings: LoRASettings
 
     def create(self) -> None:
-        r = self.settings.r
+        r, most = self.settings.r, min(self.in_features, self.out_features)
+        if r > most:
+            raise AdapterError(f"{self.name}: r: {r} is above the layer's size; at most {most}, or leave the layer out")
         self.lora_A = Parameter(torch.zeros(r, self.in_features, device=self.device))
         self.lora_B = Parameter(torch.zeros(self.out_features, r, device=self.device))
         self.scale = self.settings.alpha / (math.sqrt(r) if self.settings.rs_scaling else r)

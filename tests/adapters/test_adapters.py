@@ -1,0 +1,231 @@
+"""The laws that every adapter keeps; a new member of ADAPTERS is tested by existing."""
+
+import re
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from luthier.adapters.inject import ADAPTERS, adapted_layers, adapter_parameters, adapters_off, inject
+from luthier.adapters.merge import merge_adapters, remove_adapters
+from luthier.errors import AdapterError
+from luthier.recipe.adapters import ADAPTER_SETTINGS, AdapterSettings, LoRA
+
+IDS = torch.arange(1, 25).view(2, 12)
+SETTINGS = {
+    **{kind: ADAPTER_SETTINGS[kind]() for kind in ADAPTERS},
+    "lora_rank_stabilised": LoRA(r=8, alpha=5, rs_scaling=True, init="gaussian"),
+    "lora_on_two_layers": LoRA(r=2, target_modules=("v_proj", "down_proj")),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def settings(request: pytest.FixtureRequest) -> AdapterSettings:
+    return SETTINGS[request.param]
+
+
+def network() -> LlamaForCausalLM:
+    """Frozen, with biases in attention."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def perturb(model: nn.Module, *, name: str = "default", seed: int = 5) -> None:
+    """As if trained: each parameter of one adapter at random."""
+    for key, parameter in adapter_parameters(model).items():
+        if f".adapters.{name}." in key:
+            generator = torch.Generator().manual_seed(seed + len(key))
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+
+
+def adapted(settings: AdapterSettings) -> LlamaForCausalLM:
+    model = network()
+    inject(model, settings, seed=3)
+    perturb(model)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    result: Tensor = model(IDS).logits
+    return result
+
+
+def test_an_adapter_starts_as_the_identity(settings: AdapterSettings) -> None:
+    model = network()
+    before = logits(model)
+    assert inject(model, settings, seed=3)
+    assert torch.equal(logits(model), before)
+
+
+def test_merging_equals_applying(settings: AdapterSettings) -> None:
+    """To 1e-5: one product instead of two, in float32."""
+    model = adapted(settings)
+    applied = logits(model)
+    assert merge_adapters(model) == len(inject(network(), settings, seed=0))
+    assert not adapted_layers(model)
+    torch.testing.assert_close(logits(model), applied, rtol=0, atol=1e-5)
+    assert (applied - logits(network())).abs().max() > 1e-2
+
+
+def test_off_equals_the_base_exactly_and_on_comes_back(settings: AdapterSettings) -> None:
+    model, base = adapted(settings), logits(network())
+    applied = logits(model)
+    with adapters_off(model):
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), applied)
+
+
+def test_an_error_while_off_turns_adapters_on_again(settings: AdapterSettings) -> None:
+    model = adapted(settings)
+    applied = logits(model)
+    with pytest.raises(ZeroDivisionError), adapters_off(model):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model), applied)
+
+
+def test_removing_gives_the_base_back_bit_for_bit(settings: AdapterSettings) -> None:
+    model, base = adapted(settings), network().state_dict()
+    remove_adapters(model)
+    assert list(model.state_dict()) == list(base)
+    assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
+
+def test_gradients_reach_only_the_adapters_own_parameters(settings: AdapterSettings) -> None:
+    model = adapted(settings)
+    model(IDS, labels=IDS).loss.backward()
+    own = adapter_parameters(model)
+    assert all(p.grad is not None and bool(p.grad.any()) for p in own.values())
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == own.keys()
+
+
+def test_gradients_of_the_parameters_agree_with_finite_differences(settings: AdapterSettings) -> None:
+    model = network().double()
+    adapters = inject(model, settings, seed=3)
+    adapter = adapters[0].double()
+    perturb(model)
+    x = torch.randn(3, adapter.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(adapter.out_features, adapter.in_features, dtype=torch.float64) / 8
+    names = [name for name, _ in adapter.named_parameters()]
+
+    def run(*values: Tensor) -> Tensor:
+        given = dict(zip(names, values, strict=True))
+        output: Tensor = torch.func.functional_call(adapter, given, (x, lambda t: t @ weight.T))
+        return output
+
+    assert torch.autograd.gradcheck(run, list(adapter.parameters()), fast_mode=True)
+
+
+def test_merging_is_pure(settings: AdapterSettings) -> None:
+    model = adapted(settings)
+    path, layer = next(iter(adapted_layers(model).items()))
+    before = network().get_submodule(path)
+    weight, bias = layer.merged()
+    assert torch.equal(layer.weight, before.weight)
+    assert not torch.equal(weight, before.weight)
+    assert weight.shape == before.weight.shape
+    assert (bias is None) == (before.bias is None)
+
+
+def test_two_adapters_at_once_equal_both_updates(settings: AdapterSettings) -> None:
+    """One of each kind is injected over the first; both together are both merged, one after the other."""
+    model = adapted(settings)
+    inject(model, LoRA(r=4, target_modules=("v_proj", "up_proj")), seed=4, name="second")
+    perturb(model, name="second", seed=50)
+    together = logits(model)
+    second = {k: p.clone() for k, p in adapter_parameters(model).items() if ".adapters.second." in k}
+    one_by_one = adapted(settings)
+    merge_adapters(one_by_one)
+    inject(one_by_one, LoRA(r=4, target_modules=("v_proj", "up_proj")), seed=4, name="second")
+    one_by_one.load_state_dict(second, strict=False)
+    torch.testing.assert_close(logits(one_by_one), together, rtol=0, atol=1e-5)
+    merge_adapters(model)
+    torch.testing.assert_close(logits(model), together, rtol=0, atol=1e-5)
+
+
+def test_start_values_depend_on_seed_and_layer_alone(settings: AdapterSettings) -> None:
+    def start(seed: int, *, before: AdapterSettings | None = None) -> dict[str, Tensor]:
+        model = network()
+        if before is not None:
+            inject(model, before, seed=9, name="other")
+        inject(model, settings, seed=seed)
+        return {k: p for k, p in adapter_parameters(model).items() if ".adapters.default." in k}
+
+    first, again, other = start(3), start(3, before=LoRA(r=2)), start(4)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_a_bfloat16_layer_is_merged_in_float32_and_rounded_once(settings: AdapterSettings) -> None:
+    """So the merged weight is within half of bfloat16's last place, 2^-8 of it, of the exact one."""
+    model = network().bfloat16()
+    inject(model, settings, seed=3)
+    perturb(model)
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+    layer = next(iter(adapted_layers(model).values()))
+    weight, _ = layer.merged()
+    assert weight.dtype == torch.bfloat16
+    exact, _ = deepcopy(layer).double().merged()
+    torch.testing.assert_close(weight.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_a_network_in_evaluation_stays_in_evaluation(settings: AdapterSettings) -> None:
+    """Otherwise dropout would act where a model is only read."""
+    model = adapted(settings)
+    assert not any(module.training for module in model.modules())
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model = adapted(LoRA(r=4, dropout=0.5))
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+
+
+def test_all_linear_means_every_linear_layer_but_the_output_layer() -> None:
+    model = network()
+    inject(model, LoRA(r=4), seed=0)
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    mlp = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    assert list(adapted_layers(model)) == [f"model.layers.{i}.{part}" for i in (0, 1) for part in (*parts, *mlp)]
+
+
+def test_a_target_is_a_name_or_its_end() -> None:
+    model = network()
+    inject(model, LoRA(r=4, target_modules=("layers.1.mlp.up_proj", "q_proj")), seed=0)
+    layers = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert sorted(adapted_layers(model)) == sorted([*layers, "model.layers.1.mlp.up_proj"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (LoRA(r=4, target_modules=("q_proj", "v_porj")), 'named "v_porj"; did you mean "v_proj"?'),
+        (LoRA(r=4, target_modules=("proj",)), 'named "proj"'),
+        (LoRA(r=17), "model.layers.0.self_attn.k_proj: r: 17 is above the layer's size; at most 16"),
+    ],
+    ids=["misspelt", "end of a word", "rank"],
+)
+def test_what_does_not_fit_is_refused_and_leaves_the_network_as_it_was(settings: LoRA, sentence: str) -> None:
+    model = network()
+    with pytest.raises(AdapterError, match=re.escape(sentence)):
+        inject(model, settings, seed=0)
+    assert list(model.state_dict()) == list(network().state_dict())
+
+
+def test_a_name_that_is_taken_is_refused_and_leaves_the_network_as_it_was() -> None:
+    model = network()
+    inject(model, LoRA(r=4, target_modules=("down_proj",)), seed=0)
+    names = list(model.state_dict())
+    with pytest.raises(AdapterError, match='an adapter named "default" is there already'):
+        inject(model, LoRA(r=4), seed=0)
+    assert list(model.state_dict()) == names
