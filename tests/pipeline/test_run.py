@@ -74,7 +74,14 @@ def test_training_lowers_the_held_out_loss_and_leaves_the_run_folder(base: Path,
     assert summary.final_eval_loss is not None
     assert summary.first_eval_loss is not None
     assert summary.final_eval_loss < summary.first_eval_loss
-    for name in ("recipe.yaml", "manifest.json", "00-sft/metrics.jsonl", "00-sft/adapter", "model/model.safetensors"):
+    for name in (
+        "recipe.yaml",
+        "manifest.json",
+        "00-sft/metrics.jsonl",
+        "00-sft/adapter",
+        "model/model.safetensors",
+        "report.html",
+    ):
         assert (tmp_path / "run" / name).exists()
 
 

@@ -19,6 +19,7 @@ from luthier.models.save import save
 from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
 from luthier.pipeline.manifest import write_manifest
+from luthier.pipeline.report import write_report
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Recipe, Stage, dump_recipe
 from luthier.training.callbacks import Callback
@@ -48,6 +49,7 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
         summaries.append(_run_stage(stage, source, folder, destination, listeners(index, stage)))
         source = str(destination)
     _describe(output, recipe)
+    write_report(output)
     return summaries
 
 
