@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill or a full disk at any instant.
 
 A checkpoint is written into a folder beside, flushed to the disk, and then renamed, so a folder with a checkpoint's
-name is always whole. It holds a hash of its tensors; a damaged one is passed over, with a warning, for the one before
-it. `last` and `best` are links, exchanged by renaming too.
+name is always whole. It holds a hash of all that is in it; a damaged one is passed over, with a warning, for the one
+before it. `last` and `best` are links, exchanged by renaming too, and set right where a kill came in between.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,35 +44,37 @@ class Checkpoints:
         beside.mkdir()
         tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors().items()}
         save_file(tensors, beside / _TENSORS)
-        described = {"progress": state.progress.as_dict(), "fingerprint": self.fingerprint}
-        described["sha256"] = _sha256(beside / _TENSORS)
+        described = {"progress": state.progress.as_dict(), "fingerprint": self.fingerprint, "best": best}
+        described["sha256"] = _sha256(beside / _TENSORS, described)
         (beside / _STATE).write_text(json.dumps(described, indent=1))
         for path in (beside / _TENSORS, beside / _STATE, beside):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
-        self._point("last", final)
-        if best:
-            self._point("best", final)
+        self._link(final)
         _flush(self.folder)
-        self._prune()
+        self._prune(final)
         return final
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint of this run, or None. Raises CheckpointError if it belongs to another run."""
+        """The newest whole checkpoint of this run, or None. Raises CheckpointError if it belongs to another run.
+
+        `last` and `best` are right afterwards, also where a kill or damage came in between.
+        """
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             if self._is_whole(path):
+                self._link(path)
                 return path
         return None
 
     def best(self) -> Path | None:
         """The checkpoint with the lowest evaluation loss, or None."""
         link = self.folder / "best"
-        return link.resolve() if link.exists() else None
+        return self.folder / os.readlink(link) if link.exists() else None
 
     def load(self, path: Path, state: TrainState) -> None:
         """Puts a checkpoint into the state, bit for bit. Raises CheckpointError where it does not fit."""
-        described = json.loads((path / _STATE).read_text())
+        described = _described(path)
         tensors: dict[str, Tensor] = load_file(path / _TENSORS)
         try:
             state.restore(tensors, Progress(**described["progress"]))
@@ -79,11 +82,9 @@ class Checkpoints:
             raise CheckpointError(f"{path}: does not fit this model ({error}); choose another output folder") from error
 
     def _is_whole(self, path: Path) -> bool:
-        try:
-            described = json.loads((path / _STATE).read_text())
-            whole = described["sha256"] == _sha256(path / _TENSORS)
-        except (OSError, ValueError, KeyError):
-            whole = False
+        described = _described(path)
+        expected = described.pop("sha256", None)
+        whole = (path / _TENSORS).is_file() and expected == _sha256(path / _TENSORS, described)
         if not whole:
             logger.warning("%s is damaged; going back to the checkpoint before it", path)
             return False
@@ -100,10 +101,21 @@ class Checkpoints:
         link.symlink_to(target.name)
         os.replace(link, self.folder / name)
 
-    def _prune(self) -> None:
-        kept = {*sorted(self.folder.glob("step-*"))[-self.keep_last :], self.best()}
-        for path in self.folder.glob("step-*"):
-            if path not in kept and path.resolve() not in kept:
+    def _link(self, last: Path) -> None:
+        """Sets `last` and `best`: of the checkpoints up to the last that were the best when made, the newest."""
+        self._point("last", last)
+        earlier = [path for path in sorted(self.folder.glob("step-*")) if path <= last and _described(path).get("best")]
+        if earlier:
+            self._point("best", earlier[-1])
+        else:
+            (self.folder / "best").unlink(missing_ok=True)
+
+    def _prune(self, newest: Path) -> None:
+        """Checkpoints after the newest were damaged: the run went back behind them and is making them again."""
+        present = sorted(self.folder.glob("step-*"))
+        kept = {*[path for path in present if path <= newest][-self.keep_last :], self.best()}
+        for path in present:
+            if path not in kept:
                 shutil.rmtree(path)
 
     def clear(self) -> None:
@@ -111,9 +123,20 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _described(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing where that cannot be read."""
+    try:
+        described = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) else {}
+
+
+def _sha256(tensors: Path, described: dict[str, Any]) -> str:
+    with tensors.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

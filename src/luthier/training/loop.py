@@ -146,7 +146,9 @@ def _skip(run: Run, grad_norm: float) -> None:
 
 @torch.no_grad()
 def evaluate_loss(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> float:
-    """The mean loss a unit over all batches, without dropout."""
+    """The mean loss a unit over all batches, without dropout. Raises TrainingError where nothing is trained in them."""
+    if not any(batch.count("tokens") for batch in batches):
+        raise TrainingError("no sequence to evaluate on has a trained token; look at it with `luthier data preview`")
     was_training = network.training
     network.eval()
     try:
@@ -167,10 +169,10 @@ def _evaluate_and_save(run: Run, *, last: bool) -> None:
 
 
 def _evaluate(run: Run) -> bool:
-    """Measures the evaluation loss; returns whether it is the best so far."""
+    """Measures the evaluation loss; returns whether it is the best so far, which one that is not finite never is."""
     started, progress = time.perf_counter(), run.state.progress
     loss = evaluate_loss(run.state.network, run.eval_batches, run.objective)
-    best = progress.best_loss is None or loss < progress.best_loss
+    best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
     progress.best_loss = loss if best else progress.best_loss
     progress.stale_evaluations = 0 if best else progress.stale_evaluations + 1
     patience = run.settings.early_stopping

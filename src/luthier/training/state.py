@@ -59,5 +59,6 @@ class TrainState:
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, slot, name = key.split("/", 2)
-                self.optimizer.state[by_name[name]][slot] = value.clone()
+                device = by_name[name].device if value.ndim else value.device  # AdamW counts its steps on the CPU
+                self.optimizer.state[by_name[name]][slot] = value.to(device, copy=True)
         self.progress = progress
