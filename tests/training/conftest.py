@@ -1,6 +1,6 @@
 """Tiny runs: a network from a configuration and a seed, rows of random tokens, and the Run over them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,12 +78,3 @@ def run_of() -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def rows_of() -> Callable[..., list[TokenSequence]]:
     return make_rows
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread would cost more than it does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
