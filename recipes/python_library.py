@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from luthier.pipeline.report import Sample, write_report
 from rich.console import Console
 from rich.table import Table
 
 from luthier.cli.run import run_on_screen
 from luthier.data.examples import Chat, Message
 from luthier.models.load import load
+from luthier.pipeline.report import Sample, write_report
 from luthier.recipe import load_recipe
 from luthier.rollout.generate import Sampling, answers
 
