@@ -33,7 +33,7 @@ def loss(recipe: Path, steps: int) -> None:
     console = Console()
     console.print(
         f"one step of {proof.num_sequences} sequences, {proof.num_tokens:,} tokens, "
-        f"{proof.num_trained_tokens:,} of them trained, in fp32 without dropout"
+        f"{proof.num_trained_tokens:,} of them trained, in float64 without dropout"
     )
     table = Table("computed", "micro-batches", "loss", "gradient differs by")
     for result in (*proof.cuts, proof.averaged):
