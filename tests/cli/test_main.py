@@ -1,5 +1,6 @@
 """The command line from outside: what it costs, what it says, and how it ends."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,9 @@ def test_validate_reports_each_bad_row_and_fails(tmp_path: Path, capsys: pytest.
     assert code == 1
     assert "rows.jsonl:2" in text
     assert "3 rows: 2 good, 1 bad" in text
+
+
+def test_run_prints_the_schema_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = ended(capsys, "run", "--schema")
+    assert code == 0
+    assert "stages" in json.loads(text)["properties"]
