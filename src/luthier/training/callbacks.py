@@ -1,6 +1,7 @@
 """Who listens to a run: the metrics file, TensorBoard, a screen. The loop calls; nobody here changes the training."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,10 @@ class Callback(Protocol):
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line. A run that goes on drops the lines of steps that it will do again."""
+    """metrics.jsonl: one JSON object a line. A run that goes on drops the lines of steps that it will do again.
+
+    JSON has no word for a number that is not finite; it stands there as null, and `read_metrics` gives nan.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,12 +37,12 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         beside = self.path.with_suffix(".part")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        beside.write_text("".join(map(_line, kept)))
         os.replace(beside, self.path)
         self.file = self.path.open("a", encoding="utf-8")
 
     def on_metrics(self, metrics: Metrics) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
+        self.file.write(_line(metrics))
         self.file.flush()
 
     def on_end(self) -> None:
@@ -50,7 +54,12 @@ def read_metrics(path: Path) -> list[Metrics]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines[:-1] if line]
+
+
+def _line(metrics: Metrics) -> str:
+    lost = {name: None for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(metrics | lost, allow_nan=False) + "\n"
 
 
 class TensorBoard:
