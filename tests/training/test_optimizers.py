@@ -1,0 +1,75 @@
+"""Weight decay reaches matrices and spares norms, biases and embeddings; the step is AdamW's."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from luthier.adapters.inject import adapter_parameters, inject
+from luthier.recipe.adapters import LoRA
+from luthier.recipe.training import Training
+from luthier.training.optimizers import decays, make_optimizer
+
+
+def network(*, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied))
+
+
+def settings(**given: object) -> Training:
+    return Training.model_validate(
+        {"data": "rows", "adapter": None, "learning_rate": 1e-3, "weight_decay": 0.1} | given
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_norms_biases_and_embeddings_are_spared(tied: bool) -> None:
+    """An output layer of its own decays; one that is the embedding does not."""
+    decaying = {name for name, decay in decays(network(tied=tied)).items() if decay}
+    projections = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+    expected = {f"model.layers.0.{name}.weight" for name in projections}
+    assert decaying == (expected if tied else expected | {"lm_head.weight"})
+
+
+def test_a_norm_is_known_by_its_class_even_with_a_matrix() -> None:
+    class GroupedRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 4))
+
+    assert decays(nn.ModuleDict({"n": GroupedRMSNorm(), "l": nn.Linear(2, 2)})) == {
+        "n.weight": False,
+        "l.weight": True,
+        "l.bias": False,
+    }
+
+
+def test_only_what_is_trained_is_optimized_each_once() -> None:
+    model = network().requires_grad_(False)
+    inject(model, LoRA(r=4), seed=0)
+    groups = make_optimizer(model, settings()).param_groups
+    found = [id(p) for group in groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in adapter_parameters(model).values())
+
+
+def test_the_groups_carry_the_settings() -> None:
+    chosen = settings(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    groups = make_optimizer(network(), chosen).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert {(group["lr"], group["betas"], group["eps"]) for group in groups} == {(1e-3, (0.8, 0.95), 1e-6)}
+
+
+def test_a_step_is_adamws() -> None:
+    """The first step moves each weight by the rate against its gradient's sign, after rate * decay of itself."""
+    linear = nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
+    optimizer = make_optimizer(linear, settings(learning_rate=0.01))
+    signs = {name: torch.randn(p.shape).sign() for name, p in linear.named_parameters()}
+    for name, parameter in linear.named_parameters():
+        parameter.grad = signs[name] * 0.3
+    optimizer.step()
+    for name, parameter in linear.named_parameters():
+        kept = 1 - 0.01 * 0.1 if name == "weight" else 1.0
+        torch.testing.assert_close(parameter, nn.Parameter(before[name] * kept - 0.01 * signs[name]), rtol=0, atol=1e-6)
