@@ -139,9 +139,12 @@ def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
     free = {"output", "resume", "report_to", "keep_last", "model", "data", "eval_data", "on_error"}
     digest = hashlib.sha256(settings.model_dump_json(exclude=free).encode())
     digest.update(weights_hash(model.source.folder).encode())
-    for sequence in (*prepared.train, *prepared.evaluation):
-        digest.update(sequence.token_ids.tobytes())
-        digest.update(sequence.trained.tobytes())
+    for part in (prepared.train, prepared.evaluation):
+        digest.update(f"{len(part)} sequences".encode())
+        for sequence in part:
+            digest.update(f"{len(sequence.token_ids)} tokens".encode())
+            digest.update(sequence.token_ids.tobytes())
+            digest.update(sequence.trained.tobytes())
     return digest.hexdigest()
 
 
