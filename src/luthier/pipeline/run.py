@@ -23,6 +23,7 @@ from luthier.pipeline.report import write_report
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Recipe, Stage, dump_recipe
 from luthier.training.callbacks import Callback
+from luthier.training.checkpoints import load_trained
 
 __all__ = ["run_recipe"]
 
@@ -78,11 +79,14 @@ def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callb
 
 
 def _merged(stage: Stage, model: Model, folder: Path) -> Model:
-    """The trained model without adapters, merged into the stored weights rather than into their training copies."""
-    if stage.settings.adapter is None:
+    """The trained model without adapters, in float32: what was trained, in or over the weights as they are stored."""
+    if stage.settings.adapter is None and stage.settings.dtype == "fp32":
         return model
     stored = load(str(model.source.folder), dtype="fp32")
     stored.tokenizer = model.tokenizer
+    if stage.settings.adapter is None:
+        load_trained(stored.network, folder / "checkpoints" / "last")
+        return stored
     load_adapter(stored.network, folder / "adapter")
     merge_adapters(stored.network)
     return stored

@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.inject import inject
 from luthier.adapters.peft_format import save_adapter
 from luthier.data.batches import StepPlan, TokenBatch, cut
 from luthier.data.prepare import Prepared, prepare
-from luthier.errors import RecipeError
 from luthier.models.fuse import fuse
-from luthier.models.load import Model
+from luthier.models.load import Model, load
 from luthier.models.trainable import checkpoint_layers, freeze_all, train_all_but
 from luthier.models.weights import weights_hash
 from luthier.pipeline.stages import STAGES
@@ -32,6 +32,7 @@ from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import Run, fit, step_gradients
 from luthier.training.memory import default_micro_batch_tokens, keep_freed_memory
 from luthier.training.optimizers import make_optimizer
+from luthier.training.precision import Precision, float32_masters
 from luthier.training.state import Progress, TrainState
 
 __all__ = ["Summary", "make_run", "prepare_data", "prepare_network", "train"]
@@ -66,6 +67,7 @@ def train(
     _resume_or_rehearse(run, settings)
     started = time.perf_counter()
     fit(run)
+    run.state.precision.close()
     if settings.adapter is not None:
         save_adapter(model.network, folder / "adapter", base_model=model.source.name)
     return prepared, _summary(run, folder, time.perf_counter() - started)
@@ -91,10 +93,6 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
         logger.info("%d %s differ from the fused form and run as they are", count, name)
     adapters: list[Adapter] = []
     if settings.adapter is None:
-        if settings.dtype != "fp32":
-            raise RecipeError(
-                "dtype: training the model itself runs in fp32 so far; set dtype: fp32 or train an adapter"
-            )
         train_all_but(model.network, settings.freeze)
     else:
         freeze_all(model.network)
@@ -120,7 +118,7 @@ def make_run(
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
     return Run(
-        state=TrainState(model.network, make_optimizer(model.network, settings), Progress()),
+        state=_fresh_state(settings, model),
         plan=StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps),
         objective=STAGES[word].objective,
         settings=settings,
@@ -132,6 +130,16 @@ def make_run(
         callbacks=listeners,
         after_step=[adapter.after_step for adapter in adapters],
     )
+
+
+def _fresh_state(settings: Training, model: Model) -> TrainState:
+    """Where training starts. A model that is trained itself in a narrow type starts from its weights as stored."""
+    stored: dict[str, Tensor] = {}
+    if settings.adapter is None and settings.dtype != "fp32":
+        wide = load(str(model.source.folder), dtype="fp32", device=model.device)
+        stored = dict(wide.network.named_parameters())
+    precision = Precision(float32_masters(model.network, stored))
+    return TrainState(model.network, make_optimizer(model.network, settings, precision), Progress(), precision)
 
 
 def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:

@@ -13,13 +13,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.errors import CheckpointError
 from luthier.training.state import Progress, TrainState
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "load_trained"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,15 @@ class Checkpoints:
     def clear(self) -> None:
         """Forgets every checkpoint, for a run that starts from the beginning."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def load_trained(network: nn.Module, checkpoint: Path) -> None:
+    """Puts what a checkpoint's run has trained into the network, tensor by tensor, and nothing else."""
+    with safe_open(checkpoint / _TENSORS, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118, the file is no dict
+            if key.startswith("parameter/"):
+                network.get_parameter(key.removeprefix("parameter/")).copy_(tensors.get_tensor(key))
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 The division by the number of units happens here and nowhere else: by the units of the whole step, over all its
 micro-batches, known before the first backward pass. That is why the gradient does not depend on how a step is cut.
+No number is read from the device before the optimizer's step is on its way.
 """
 
 import logging
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from luthier.data.batches import StepPlan, TokenBatch, cut
 from luthier.errors import TrainingError
@@ -20,6 +21,7 @@ from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, Metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.memory import memory_bytes
+from luthier.training.optimizers import step_if_finite
 from luthier.training.schedules import learning_rate_at
 from luthier.training.state import TrainState
 
@@ -78,9 +80,12 @@ def train_step(run: Run) -> Metrics:
     started, progress = time.perf_counter(), run.state.progress
     micro_batches = run.cut(progress.step)
     torch.manual_seed(_mixed(run.settings.seed, progress.step))  # dropout's draws belong to the step
-    sums = step_gradients(run.state.network, micro_batches, run.objective)
+    measured = _add_gradients(run.state.network, micro_batches, run.objective)
     rate = learning_rate_at(progress.step, run.plan.num_steps, run.settings)
-    grad_norm = _optimize(run, rate)
+    measured["grad_norm"] = _optimize(run.state, rate, run.settings.max_grad_norm)
+    numbers = _read(measured)
+    _count_or_skip(run, numbers["grad_norm"])
+    run.state.optimizer.zero_grad(set_to_none=True)  # not before: adapters may look at gradients after a step
     progress.step += 1
     num_tokens = sum(batch.num_tokens for batch in micro_batches)
     progress.tokens += num_tokens
@@ -88,8 +93,7 @@ def train_step(run: Run) -> Metrics:
     return {
         "step": progress.step,
         "epoch": round(run.plan.epoch_at(progress.step), 6),
-        **sums,
-        "grad_norm": grad_norm,
+        **numbers,
         "learning_rate": rate,
         "tokens": progress.tokens,
         "seconds": seconds,
@@ -102,7 +106,12 @@ def step_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], obje
     """Adds the gradient of a step's mean loss to the parameters; returns the loss and the metrics, as means over
     units.
     """
-    totals: dict[str, torch.Tensor] = {}
+    return _read(_add_gradients(network, micro_batches, objective))
+
+
+def _add_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, Tensor]:
+    """`step_gradients` with its numbers still on the device."""
+    totals: dict[str, Tensor] = {}
     for batch in micro_batches:
         if not batch.count("tokens"):
             continue
@@ -112,29 +121,32 @@ def step_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], obje
         mean.backward()
         for name, value in {"loss": mean.detach(), **{k: v / num_units for k, v in loss.metrics.items()}}.items():
             totals[name] = totals[name] + value if name in totals else value
-    return {name: float(value) for name, value in totals.items()}
+    return totals
 
 
-def _optimize(run: Run, rate: float) -> float:
-    """Clips, steps and clears; returns the norm before clipping. A gradient that is not finite is thrown away."""
-    parameters = [p for p in run.state.trained().values() if p.grad is not None]
-    bound = math.inf if run.settings.max_grad_norm is None else run.settings.max_grad_norm
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
-    if math.isfinite(grad_norm):
-        for group in run.state.optimizer.param_groups:
-            group["lr"] = rate
-        run.state.optimizer.step()
-        run.state.progress.skipped_steps = 0
-        for call in run.after_step:
-            call(run.state.progress.step)
-    else:
-        _skip(run, grad_norm)
-    run.state.optimizer.zero_grad(set_to_none=True)
+def _read(measured: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in measured.items()}
+
+
+def _optimize(state: TrainState, rate: float, max_grad_norm: float | None) -> Tensor:
+    """Clips and steps, unless the gradient is not finite; returns its norm before clipping."""
+    parameters = [p for p in state.trained().values() if p.grad is not None]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    step_if_finite(state.optimizer, grad_norm)
+    state.precision.write_back()
     return grad_norm
 
 
-def _skip(run: Run, grad_norm: float) -> None:
+def _count_or_skip(run: Run, grad_norm: float) -> None:
+    """What follows a step that was taken, or one that the optimizer left out."""
     progress = run.state.progress
+    if math.isfinite(grad_norm):
+        progress.skipped_steps = 0
+        for call in run.after_step:
+            call(progress.step)
+        return
     progress.skipped_steps += 1
     logger.warning("step %d: the gradient is %s; the step is left out", progress.step + 1, grad_norm)
     if progress.skipped_steps >= _MAX_SKIPPED_IN_A_ROW:

@@ -1,14 +1,17 @@
 """What a run is, at the end of a step: everything that the next step depends on.
 
 The data's order and dropout's draws are functions of the seed and the step, the learning rate of the step, so what
-remains is the trained parameters, the optimizer's moments and a few numbers. No random state has to be kept.
+remains is the trained parameters (of narrow ones the float32 masters, from which the narrow follow), the optimizer's
+moments and a few numbers. No random state has to be kept.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from luthier.training.precision import Precision
 
 __all__ = ["Progress", "TrainState"]
 
@@ -31,15 +34,16 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """The network, its optimizer, and how far they are."""
+    """The network, its optimizer, how far they are, and the precision that the optimizer was made with."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     progress: Progress
+    precision: Precision = field(default_factory=Precision)
 
-    def trained(self) -> dict[str, Tensor]:
-        """The trained parameters by name."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer updates, by the parameters' names: themselves, or their float32 masters."""
+        return {name: self.precision.master(p) for name, p in self.network.named_parameters() if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained parameters and the optimizer's state of each, under `parameter/NAME` and `optimizer/KEY/NAME`."""
@@ -53,12 +57,12 @@ class TrainState:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         """The inverse of `tensors`. Raises KeyError for a parameter that is missing."""
-        for name, parameter in self.trained().items():
-            parameter.copy_(tensors[f"parameter/{name}"])
         by_name = self.trained()
+        for name, parameter in by_name.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, slot, name = key.split("/", 2)
-                device = by_name[name].device if value.ndim else value.device  # AdamW counts its steps on the CPU
-                self.optimizer.state[by_name[name]][slot] = value.to(device, copy=True)
+                self.optimizer.state[by_name[name]][slot] = value.to(by_name[name].device, copy=True)
+        self.precision.write_back()
         self.progress = progress
