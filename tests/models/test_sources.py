@@ -223,6 +223,15 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     assert files_under(tmp_path) == {"model/old"}
 
 
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    touch(tmp_path, [f".model.partial-{gone.pid}/half", f".model.partial-{os.getppid()}/half"])
+    with written_whole(tmp_path / "model") as beside:
+        touch(beside, ["whole"])
+    assert files_under(tmp_path) == {"model/whole", f".model.partial-{os.getppid()}/half"}
+
+
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     touch(tmp_path, ["file"])
     with pytest.raises(ModelError, match="set LUTHIER_CACHE to another folder"):

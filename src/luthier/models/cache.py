@@ -4,12 +4,14 @@ What is fetched or converted is kept in the cache, made once even if two process
 written beside its place, flushed to the disk and renamed, so a kill at any moment leaves nothing that looks finished.
 """
 
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 
 from luthier.errors import ModelError
@@ -34,7 +36,6 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
             if not folder.is_dir():
-                _remove_leftovers(folder)
                 with written_whole(folder) as beside:
                     make(beside)
     except OSError as error:
@@ -47,6 +48,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` to write into, which takes its place, and that of an older one, at the end."""
+    _remove_leftovers(folder)
     beside = _beside(folder, f"partial-{os.getpid()}")
     previous = _beside(folder, "previous")
     if previous.exists() and not folder.exists():
@@ -71,8 +73,11 @@ def _beside(folder: Path, ending: str) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """What processes that were killed have left half-written."""
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        writer = leftover.name.rpartition("-")[2]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
