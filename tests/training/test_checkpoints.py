@@ -188,6 +188,13 @@ def test_links_that_a_kill_left_behind_are_set_right(run_of: RunOf, tmp_path: Pa
     assert link(kept, "last") == link(kept, "best") == "step-00000002"
 
 
+def test_what_a_kill_kept_from_being_thrown_away_goes_when_the_run_goes_on(run_of: RunOf, tmp_path: Path) -> None:
+    saved(run_of(), checkpoints(tmp_path, keep_last=9), 3, best=(1,))
+    kept = checkpoints(tmp_path, keep_last=1)
+    assert kept.latest() == kept.folder / "step-00000003"
+    assert names(kept) == ["best", "last", "step-00000001", "step-00000003"]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
     run_of: RunOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,11 +61,13 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest whole checkpoint of this run, or None. Raises CheckpointError if it belongs to another run.
 
-        `last` and `best` are right afterwards, also where a kill or damage came in between.
+        `last` and `best` are right afterwards, and what is no longer kept is gone, also where a kill or damage came in
+        between.
         """
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             if self._is_whole(path):
                 self._link(path)
+                self._prune(path)
                 return path
         return None
 
