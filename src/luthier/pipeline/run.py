@@ -13,7 +13,7 @@ from pathlib import Path
 
 from luthier.adapters.merge import merge_adapters
 from luthier.adapters.peft_format import load_adapter
-from luthier.errors import CheckpointError
+from luthier.errors import CheckpointError, RecipeError
 from luthier.models.load import Model, load
 from luthier.models.save import save
 from luthier.models.sources import resolve
@@ -39,7 +39,6 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
     the output folder holds another recipe's run.
     """
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
     _claim(output, recipe)
     summaries: list[Summary] = []
     source = recipe.model
@@ -55,13 +54,20 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
-    """Writes the resolved recipe, or makes sure that the one that is there is the same."""
-    path, text = output / "recipe.yaml", dump_recipe(recipe)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    """Writes the resolved recipe, whole or not at all, or makes sure that the one that is there is the same."""
+    path, beside, text = output / "recipe.yaml", output / ".recipe.yaml.part", dump_recipe(recipe)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+        found = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RecipeError(f"output: {output} cannot be written ({error.strerror}); choose another output") from error
+    if found != text:
         raise CheckpointError(
             f"{output} holds a run of another recipe ({path}); choose another output, or delete that folder"
         )
-    path.write_text(text, encoding="utf-8")
 
 
 def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback]) -> Summary:
