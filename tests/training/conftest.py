@@ -20,6 +20,7 @@ from luthier.recipe.adapters import LoRA
 from luthier.recipe.training import Training
 from luthier.training.loop import Run
 from luthier.training.optimizers import make_optimizer
+from luthier.training.precision import Precision, float32_masters
 from luthier.training.state import Progress, TrainState
 
 RUN_FIELDS = ("checkpoints", "eval_batches", "callbacks", "after_step", "objective")
@@ -55,14 +56,17 @@ def objective(network: torch.nn.Module, batch: TokenBatch) -> Loss:
 
 
 def make_run(**given: Any) -> Run:
-    """A Run over 20 rows in steps of 8; settings and fields of Run by name, and `dropout` of its adapter."""
-    network = make_network(dropout=given.pop("dropout", 0.0))
+    """A Run over 20 rows in steps of 8: settings and fields of Run by name; `dropout` of its adapter, or a `network`
+    of its own and the weights that its masters start from, `stored`.
+    """
+    network = given.pop("network", None) or make_network(dropout=given.pop("dropout", 0.0))
+    precision = Precision(float32_masters(network, given.pop("stored", None)))
     rows = given.pop("rows", None) or make_rows()
     fields = {name: given.pop(name) for name in RUN_FIELDS if name in given}
     defaults = {"data": "rows.jsonl", "batch_size": 8, "learning_rate": 1e-2, "warmup_ratio": 0.0, "epochs": 2}
     settings = Training.model_validate(defaults | given)
     return Run(
-        state=TrainState(network, make_optimizer(network, settings), Progress()),
+        state=TrainState(network, make_optimizer(network, settings, precision), Progress(), precision),
         plan=StepPlan(rows, settings.batch_size, settings.epochs, settings.seed, settings.max_steps),
         settings=settings,
         micro_batch_tokens=settings.micro_batch_tokens,
