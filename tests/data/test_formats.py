@@ -90,7 +90,8 @@ def test_openai_calls_results_parts_and_weights_are_read() -> None:
     ]
     called = Message("assistant", "", (ToolCall("find", {"n": 1}, "c1"),), trained=False)
     answered = Message("assistant", "So.", name="Ada", trained=True)
-    expected = Chat((Message("system", ""), ASK, called, Message("tool", "", name="find"), answered))
+    found = Message("tool", "", name="find", tool_call_id="c1")
+    expected = Chat((Message("system", ""), ASK, called, found, answered))
     assert to_example({"messages": turns}, "messages") == expected
 
 

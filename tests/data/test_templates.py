@@ -236,6 +236,17 @@ def test_tool_turns_show_every_word_in_every_family(name: str) -> None:
     assert all(word in render(conversation, tokenizer) for word in ("Says it", '{"t": 9}', "When?"))
 
 
+@pytest.mark.parametrize(("answered", "shown"), [((None, None), (0, 1)), (("b", "a"), (1, 0)), (("b", None), (1, 0))])
+def test_a_result_is_shown_with_the_call_that_it_answers(answered: tuple[str | None, ...], shown: tuple[int]) -> None:
+    """By its tool_call_id if it has one, in the order of the calls else; ids of Mistral's length are made for both."""
+    calls = (ToolCall("f", {}, "a"), ToolCall("g", {}, "b"))
+    results = [Message("tool", f'"{place}"', tool_call_id=answer) for place, answer in enumerate(answered)]
+    turns = (Message("user", "?"), Message("assistant", "", calls), *results, Message("assistant", "So."))
+    text = render(Chat(turns), tokenizer_of("mistral_v3"))
+    for place, call in enumerate(shown):
+        assert f'{{"content": "{place}", "call_id": "call{call:05d}"}}' in text
+
+
 def test_a_turn_can_be_left_out_and_last_trains_only_the_last() -> None:
     tokenizer = tokenizer_of("chatml")
     turns = list(chat("q", "one", "q", "two", "q", "three").messages)

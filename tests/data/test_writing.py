@@ -29,6 +29,7 @@ users = st.builds(Message, st.just("user"), words, st.just(()), names, marks)
 answers = st.builds(Message, st.just("assistant"), words, st.just(()) | calls, names, marks)
 callers = st.builds(Message, st.just("assistant"), anything, calls, names, marks)
 results = st.builds(Message, st.just("tool"), anything, st.just(()), names, marks)
+answering = st.builds(Message, st.just("tool"), anything, st.just(()), words, marks, words)
 systems = st.builds(Message, st.just("system"), anything, st.just(()), names, marks)
 tools = st.builds(lambda name, more: {"type": "function", "function": {**more, "name": name}}, words, objects)
 
@@ -38,7 +39,7 @@ def chats(draw: st.DrawFn) -> Chat:
     """Any conversation that can be trained on: a system text first or none, results after calls, an answer last."""
     body: list[Message] = draw(st.lists(users, max_size=2))
     if draw(st.booleans()):
-        body += [draw(callers), *draw(st.lists(results, max_size=2)), *draw(st.lists(users, max_size=1))]
+        body += [draw(callers), *draw(st.lists(results | answering, max_size=2)), *draw(st.lists(users, max_size=1))]
     turns = [*draw(st.lists(systems, max_size=1)), *body, draw(answers | callers)]
     return Chat(tuple(turns), tuple(draw(st.lists(tools, max_size=2))))
 

@@ -111,7 +111,8 @@ def _message(where: str, turn: dict[str, Any], before: Sequence[Message]) -> Mes
     if content is None and calls:
         content = ""
     text = _content(f'"{text_key}" of {where}', content, may_be_empty=role in ("system", "tool") or bool(calls))
-    return Message(role, text, calls, _name(where, turn, before), _trained(where, turn))
+    answered = _answered(where, turn) if role == "tool" else None
+    return Message(role, text, calls, _name(where, turn, answered, before), _trained(where, turn), answered)
 
 
 def _content(where: str, value: Any, *, may_be_empty: bool) -> str:
@@ -125,15 +126,19 @@ def _content(where: str, value: Any, *, may_be_empty: bool) -> str:
     return text_of(where, "".join(texts), may_be_empty=may_be_empty)
 
 
-def _name(where: str, turn: dict[str, Any], before: Sequence[Message]) -> str | None:
+def _answered(where: str, turn: dict[str, Any]) -> str | None:
+    value = turn.get("tool_call_id")
+    return None if value is None else text_of(f'"tool_call_id" of {where}', value)
+
+
+def _name(where: str, turn: dict[str, Any], answered: str | None, before: Sequence[Message]) -> str | None:
     """The turn's own name; for a tool's answer else the name of the function whose call it answers."""
     if turn.get("name") is not None:
         return text_of(f'"name" of {where}', turn["name"])
-    answered = turn.get("tool_call_id")
     if answered is None:
         return None
     names = {call.id: call.name for message in before for call in message.tool_calls}
-    if not isinstance(answered, str) or answered not in names:
+    if answered not in names:
         raise DataError(f'"tool_call_id" of {where} is {describe(answered)}, which no call before it has')
     return names[answered]
 

@@ -32,13 +32,17 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user, assistant or tool; `trained` overrides `train_on` for this turn alone."""
+    """One turn. `role` is system, user, assistant or tool; `trained` overrides `train_on` for this turn alone.
+
+    tool_call_id: of a tool's turn, the `id` of the call that it answers; without one it answers the next in order.
+    """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None
     trained: bool | None = None
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def conversation_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Conversat
 
 def _native(messages: Iterable[Message]) -> list[Turn]:
     turns: list[Turn] = []
-    waiting: list[str] = []  # ids of calls whose results come next; results stand in the order of the calls
+    waiting: list[tuple[str | None, str]] = []  # of the calls not answered yet: their own ids, and those shown
     num_calls = 0
     for message in messages:
         turn: Turn = {"role": message.role, "content": message.content}
@@ -85,11 +85,18 @@ def _native(messages: Iterable[Message]) -> list[Turn]:
         if message.tool_calls:
             turn["tool_calls"] = [_call(call, num_calls + i) for i, call in enumerate(message.tool_calls)]
             num_calls += len(message.tool_calls)
-            waiting = [call["id"] for call in turn["tool_calls"]]
+            shown = [call["id"] for call in turn["tool_calls"]]
+            waiting = list(zip([call.id for call in message.tool_calls], shown, strict=True))
         if message.role == "tool" and waiting:
-            turn["tool_call_id"] = waiting.pop(0)
+            turn["tool_call_id"] = waiting.pop(_answered(message, waiting))[1]
         turns.append(turn)
     return turns
+
+
+def _answered(result: Message, waiting: Sequence[tuple[str | None, str]]) -> int:
+    """Which of the calls a result answers: the one that it names, else the first."""
+    named = [place for place, (own, _) in enumerate(waiting) if own is not None and own == result.tool_call_id]
+    return named[0] if named else 0
 
 
 def _call(call: ToolCall, index: int) -> dict[str, Any]:

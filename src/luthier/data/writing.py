@@ -64,6 +64,8 @@ def _turn(message: Message) -> dict[str, Any]:
         turn["tool_calls"] = [_call(call) for call in message.tool_calls]
     if message.name is not None:
         turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
     if message.trained is not None:
         turn["weight"] = int(message.trained)
     return turn
