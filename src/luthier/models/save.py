@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from luthier.adapters.inject import adapted_layers
 from luthier.errors import AdapterError, ModelError
@@ -18,7 +19,7 @@ from luthier.models.load import DTYPES, Model
 from luthier.models.quiet import quiet
 from luthier.models.stops import generation_config
 
-__all__ = ["save"]
+__all__ = ["check_replaceable", "save", "write_settings"]
 
 _MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "merges.txt", "tokenizer.model", "vocab.txt")
 
@@ -39,7 +40,7 @@ def save(
     place = Path(folder).expanduser().absolute()
     if adapted := list(adapted_layers(model.network)):
         raise AdapterError(f"{place}: {adapted[0]} carries an adapter; merge it first, or save the adapter by itself")
-    _check_replaceable(place)
+    check_replaceable(place)
     try:
         with quiet(), written_whole(place) as beside:
             _write(model, beside, dtype=None if dtype is None else DTYPES[dtype], max_shard_bytes=max_shard_bytes)
@@ -48,11 +49,13 @@ def save(
     return place
 
 
-def _check_replaceable(place: Path) -> None:
+def check_replaceable(place: Path) -> None:
+    """Raises ModelError unless a model may be written here: nothing is in the place but, perhaps, an older model."""
     if place.exists() and not place.is_dir():
         raise ModelError(f"{place}: is a file; choose another place for the model")
     for file in sorted(place.iterdir()) if place.exists() else ():
-        if file.is_dir() or not any(fnmatchcase(file.name, pattern) for pattern in _MODEL_FILES):
+        known = any(fnmatchcase(file.name, pattern) for pattern in _MODEL_FILES)
+        if file.is_dir() or not known or file.name.startswith("adapter_"):
             raise ModelError(f"{place}: holds {file.name}, which is no part of a model; choose another place")
 
 
@@ -61,12 +64,27 @@ def _write(model: Model, folder: Path, *, dtype: torch.dtype | None, max_shard_b
     network.generation_config = generation_config(network.config, model.tokenizer, network.generation_config)
     state = None if dtype is None else _converted(network.state_dict(), dtype)
     network.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
-    if dtype is not None:  # transformers wrote the type of the network in memory
-        config = type(network.config).from_dict(network.config.to_dict() | {"dtype": dtype})
-        config.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)  # safetensors would let only the owner read
-    model.tokenizer.save_pretrained(folder)
+    write_settings(folder, network.config, network.generation_config, model.tokenizer, dtype=dtype)
+
+
+def write_settings(
+    folder: Path,
+    config: PretrainedConfig,
+    generation: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """All of a model but its weights, whose type is `dtype` or what `config` says. config.json, by which a folder
+    counts as a model, is written last.
+    """
+    tokenizer.save_pretrained(folder)
+    generation.save_pretrained(folder)
+    if dtype is not None:
+        config = type(config).from_dict(config.to_dict() | {"dtype": dtype})
+    config.save_pretrained(folder)
 
 
 def _converted(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

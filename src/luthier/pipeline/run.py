@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from luthier.adapters.merge import merge_adapters
-from luthier.adapters.peft_format import load_adapter
 from luthier.errors import CheckpointError, RecipeError
 from luthier.models.load import Model, load
+from luthier.models.merge import merge_into
 from luthier.models.save import save
 from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
@@ -77,25 +76,24 @@ def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callb
         return Summary(**json.loads(done.read_text(encoding="utf-8")))
     model = load(source, dtype=stage.settings.dtype)
     _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks)
-    save(_merged(stage, model, folder), destination)
+    _hand_over(stage, model, folder, destination)
     beside = folder / ".done.json.part"
     beside.write_text((folder / "summary.json").read_text(encoding="utf-8"), encoding="utf-8")
     os.replace(beside, done)
     return summary
 
 
-def _merged(stage: Stage, model: Model, folder: Path) -> Model:
-    """The trained model without adapters, in float32: what was trained, in or over the weights as they are stored."""
-    if stage.settings.adapter is None and stage.settings.dtype == "fp32":
-        return model
-    stored = load(str(model.source.folder), dtype="fp32")
-    stored.tokenizer = model.tokenizer
-    if stage.settings.adapter is None:
+def _hand_over(stage: Stage, model: Model, folder: Path, destination: Path) -> None:
+    """Writes the trained model without adapters: what was trained, in or over the weights as they are stored."""
+    if stage.settings.adapter is not None:
+        merge_into(model.source, folder / "adapter", destination, tokenizer=model.tokenizer)
+    elif stage.settings.dtype == "fp32":
+        save(model, destination)
+    else:
+        stored = load(str(model.source.folder), dtype="fp32")
+        stored.tokenizer = model.tokenizer
         load_trained(stored.network, folder / "checkpoints" / "last")
-        return stored
-    load_adapter(stored.network, folder / "adapter")
-    merge_adapters(stored.network)
-    return stored
+        save(stored, destination)
 
 
 def _describe(output: Path, recipe: Recipe) -> None:

@@ -1,0 +1,108 @@
+"""The export certificate: a written model is loaded again and says what the live one says, or is refused.
+
+The live model is the base with its adapter on it, both in float32. The two are loaded one after the other, so one whole
+model must fit into memory; whoever streams a model that does not fit has no certificate and is told so.
+"""
+
+import gc
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from luthier.adapters.inject import adapters_off
+from luthier.adapters.peft_format import load_adapter
+from luthier.errors import ExportError
+from luthier.models.load import Model, load
+
+__all__ = ["Certificate", "certify", "fits_in_memory"]
+
+_TEXT = """Water boils at 100 degrees Celsius at sea level. Why does it boil earlier on a mountain?
+The air presses less there, so the vapour needs less heat to push back.
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+"""
+_NUM_TOKENS = 64
+
+
+# Mean KL in nats a token. In float32 a merge differs from its adapter by the order of sums: 1e-11 on a model of 135M
+# parameters. There all weights rounded to bf16 were 1e-4 away.
+_KL_BOUND, _KL_BOUND_ROUNDED = 1e-6, 5e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How far the written model is from the live one, over the positions of a text.
+
+    kl: KL(live || written), mean and largest, in nats. kl_of_base: KL(live || base alone), which is what the adapter
+    does. kl_bound: what the mean may be at most. greedy_agreement: share of positions with the same likeliest token.
+    """
+
+    kl: float
+    kl_largest: float
+    kl_of_base: float
+    kl_bound: float
+    greedy_agreement: float
+    num_tokens: int
+
+    def write(self, folder: Path) -> None:
+        """Leaves the numbers beside the model."""
+        (folder / "certificate.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def certify(base: Path, adapter: Path, written: Path, *, rounded: bool) -> Certificate:
+    """Compares the model in `written` with that in `base` under the adapter.
+
+    rounded: the written weights have 16 bits.  Raises ExportError where the two differ by more than the rounding may,
+    or by more than half of what the adapter does.
+    """
+    live, alone = _live(base, adapter)
+    other = _logprobs(load(str(written)))
+    kl, kl_of_base = _kl(live, other), float(_kl(live, alone).mean())
+    certificate = Certificate(
+        kl=float(kl.mean()),
+        kl_largest=float(kl.max()),
+        kl_of_base=kl_of_base,
+        kl_bound=max(_KL_BOUND, min(_KL_BOUND_ROUNDED, kl_of_base / 2)) if rounded else _KL_BOUND,
+        greedy_agreement=float((live.argmax(-1) == other.argmax(-1)).double().mean()),
+        num_tokens=len(live),
+    )
+    if not certificate.kl <= certificate.kl_bound:  # nan is refused too
+        raise ExportError(
+            f"the merged model is not base and adapter: KL {certificate.kl:.2g} nats a token, over the bound of "
+            f"{certificate.kl_bound:.2g}; {'store it in fp32' if rounded else 'keep the adapter beside the model'}"
+        )
+    return certificate
+
+
+def _live(base: Path, adapter: Path) -> tuple[Tensor, Tensor]:
+    """Log-probabilities under the adapter and without it; the model is gone afterwards."""
+    model = load(str(base))
+    load_adapter(model.network, adapter)
+    live = _logprobs(model)
+    with adapters_off(model.network):
+        alone = _logprobs(model)
+    del model
+    gc.collect()  # modules refer to themselves
+    return live, alone
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """[tokens], from log-probabilities [tokens, vocabulary]."""
+    return (p.exp() * (p - q)).masked_fill(p.isneginf(), 0).sum(-1)
+
+
+def fits_in_memory(num_parameters: int) -> bool:
+    """Whether a model of this size in float32, and a tenth more for all else, fits into what is free now."""
+    return 1.1 * 4 * num_parameters <= psutil.virtual_memory().available
+
+
+@torch.no_grad()
+def _logprobs(model: Model) -> Tensor:
+    """[tokens, vocabulary] over the text, in float64, so that taking the logarithm adds no difference."""
+    ids = torch.tensor([model.tokenizer(_TEXT).input_ids[:_NUM_TOKENS]], device=model.device)
+    logits: Tensor = model.network(ids).logits[0]
+    return logits.cpu().double().log_softmax(-1)

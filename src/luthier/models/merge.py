@@ -1,0 +1,257 @@
+"""An adapter merged into a model's stored weights, tensor by tensor; the model is never loaded.
+
+Its architecture, built without memory, says which layers there are, and transformers' own renaming under which name a
+file holds each. A layer that the adapter changes is merged when its turn to be written comes, and every other tensor is
+copied. Nothing here knows what kind of adapter it is, only that `Adapter.merge` takes a weight and a bias.
+"""
+
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from luthier.adapters.inject import targets
+from luthier.adapters.merge import refuse_new_bias
+from luthier.adapters.peft_format import SavedAdapter, read_adapter
+from luthier.errors import AdapterError, ModelError
+from luthier.models.cache import written_whole
+from luthier.models.certificate import Certificate, certify, fits_in_memory
+from luthier.models.load import DTYPES
+from luthier.models.quiet import quiet
+from luthier.models.save import check_replaceable, write_settings
+from luthier.models.sources import ResolvedSource
+from luthier.models.stops import generation_config
+from luthier.models.weights import LazyTensor, read_weights, write_weights
+
+__all__ = ["Merged", "merge_into"]
+
+logger = logging.getLogger(__name__)
+
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_HALVES = ("BF16", "F16")
+
+Files = dict[str, list[LazyTensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge wrote: the model's folder, how many layers the adapter changed, and its certificate if asked for."""
+
+    folder: Path
+    num_layers: int
+    certificate: Certificate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A linear layer of the stored model that the adapter changes; `name` is dotted, as the network has it."""
+
+    name: str
+    weight: LazyTensor
+    bias: LazyTensor | None
+
+
+def merge_into(
+    source: ResolvedSource,
+    adapter: Path,
+    destination: str | Path,
+    *,
+    dtype: Literal["bf16", "fp32"] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    verify: bool = False,
+) -> Merged:
+    """Writes source and adapter as one ordinary model, whole or not at all; peak memory is that of one layer's merge.
+
+    dtype: of the weights in the file, by default each tensor's own.  tokenizer: by default the source's.
+    verify: loads the result again and compares it with base and adapter; this needs the whole model in memory and is
+    left out, with a warning, where that does not fit.
+    Raises AdapterError if the adapter was made for another model or cannot be merged, ModelError if the model cannot
+    be read or written, ExportError if the result is not base and adapter.
+    """
+    place = Path(destination).expanduser().absolute()
+    saved = read_adapter(adapter)
+    network = _skeleton(source)
+    _refuse_wrong_base(saved, source, network)
+    _refuse_place(place, source, adapter)
+    stored = read_weights(source.folder)
+    layers = _layers(source, network, saved, stored)
+    files = _merged(stored, layers, saved, dtype)
+    _check_room(place, files)
+    try:
+        with quiet(), written_whole(place) as beside:
+            write_weights(beside, files)
+            _write_settings(beside, source, network, tokenizer, dtype)
+            certificate = _certificate(source, adapter, beside, files) if verify else None
+    except (OSError, ValueError) as error:  # ValueError: settings that transformers will not write
+        raise ModelError(f"{place}: cannot be written ({error}); make room or choose another place") from error
+    return Merged(place, len(layers), certificate)
+
+
+def _skeleton(source: ResolvedSource) -> PreTrainedModel:
+    """The network without memory."""
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ModelError(f"{source.folder}: its architecture cannot be built ({error}); fetch it again") from error
+    if "quantization_config" in config.to_dict():
+        raise ModelError(f"{source.folder}: is stored quantized; merge into the model that it was made from")
+    return network
+
+
+def _refuse_wrong_base(saved: SavedAdapter, source: ResolvedSource, network: PreTrainedModel) -> None:
+    saved.check(network)
+    if saved.base_sha256 not in (None, source.weights_hash):
+        named = f" ({saved.base_model})" if saved.base_model else ""
+        raise AdapterError(
+            f"{saved.folder}: made for another model: the weights of {source.name} are not those that it was trained "
+            f"on{named}; give that model"
+        )
+
+
+def _refuse_place(place: Path, source: ResolvedSource, adapter: Path) -> None:
+    if place.resolve() in (source.folder.resolve(), adapter.resolve()):
+        raise ModelError(f"{place}: is what the merge is made from; choose another place")
+    check_replaceable(place)
+
+
+def _layers(source: ResolvedSource, network: PreTrainedModel, saved: SavedAdapter, stored: Files) -> list[_Layer]:
+    by_name = {tensor.name: tensor for tensors in stored.values() for tensor in tensors}
+    places = {name: by_name[place] for name, place in _stored_names(network, by_name).items()}
+    layers = []
+    for name, linear in targets(network, saved.settings.target_modules).items():
+        parts = {f"{name}.weight": linear.weight} | ({} if linear.bias is None else {f"{name}.bias": linear.bias})
+        for part, expected in parts.items():
+            found = places.get(part)
+            if found is None or found.shape != tuple(expected.shape) or found.dtype not in _FLOATS:
+                is_there = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise ModelError(
+                    f"{source.folder}: {part} shall be merged and is {is_there} in its files, not floats of "
+                    f"{list(expected.shape)}; they are damaged, or keep this layer in a form that cannot be merged"
+                )
+        layers.append(_Layer(name, places[f"{name}.weight"], places.get(f"{name}.bias")))
+    return layers
+
+
+def _stored_names(network: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Under which name the files hold a tensor of the network, for all that loading takes over unchanged."""
+    transforms = get_model_conversion_mapping(network)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    tensors, names = network.state_dict(), {}
+    for name in stored:
+        renamed, converter = rename_source_key(name, renamings, converters, network.base_model_prefix, tensors)
+        if converter is None:
+            names[renamed] = name
+    return names
+
+
+def _merged(stored: Files, layers: list[_Layer], saved: SavedAdapter, dtype: str | None) -> Files:
+    """The files of the merged model, in the cut of the stored one."""
+    owners = {part.name: layer for layer in layers for part in (layer.weight, layer.bias) if part is not None}
+    wanted = None if dtype is None else _word(DTYPES[dtype])
+    return {file: [_rewritten(t, owners, saved, wanted) for t in tensors] for file, tensors in stored.items()}
+
+
+def _rewritten(tensor: LazyTensor, owners: Mapping[str, _Layer], saved: SavedAdapter, wanted: str | None) -> LazyTensor:
+    dtype = wanted if wanted is not None and tensor.dtype in _FLOATS else tensor.dtype
+    layer = owners.get(tensor.name)
+    if layer is None and dtype == tensor.dtype:
+        return tensor
+    values = partial(_values, tensor, dtype) if layer is None else partial(_merge, layer, tensor, saved, dtype)
+    return LazyTensor(tensor.name, dtype, tensor.shape, lambda: _bytes(values().to(_FLOATS[dtype])))
+
+
+def _merge(layer: _Layer, part: LazyTensor, saved: SavedAdapter, dtype: str) -> Tensor:
+    """A layer's weight or bias with the adapter in it; a bias costs a second merge, and no memory in between."""
+    weight = _values(layer.weight, dtype)
+    bias = None if layer.bias is None else _values(layer.bias, dtype)
+    with torch.no_grad():
+        merged_weight, merged_bias = saved.on(_linear(weight, bias), layer.name).merge(weight, bias)
+    refuse_new_bias(layer.name, bias, merged_bias)
+    if part is layer.weight:
+        return merged_weight
+    assert merged_bias is not None
+    return merged_bias
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def _values(tensor: LazyTensor, dtype: str) -> Tensor:
+    """The tensor in its own type or the wanted one, whichever is wider, so that only the end result is rounded."""
+    stored = _FLOATS[tensor.dtype]
+    values = torch.from_numpy(tensor.read()).view(stored).view(tensor.shape)
+    return values.to(torch.promote_types(stored, _FLOATS[dtype]))
+
+
+def _bytes(values: Tensor) -> np.ndarray:
+    flat: np.ndarray = values.contiguous().view(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _word(dtype: torch.dtype) -> str:
+    return next(word for word, known in _FLOATS.items() if known == dtype)
+
+
+def _check_room(place: Path, files: Files) -> None:
+    needed = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
+    free = shutil.disk_usage(next(folder for folder in place.parents if folder.is_dir())).free
+    if needed > free:
+        raise ModelError(
+            f"{place}: the merged model takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room or "
+            "choose another place"
+        )
+
+
+def _write_settings(
+    folder: Path,
+    source: ResolvedSource,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: str | None,
+) -> None:
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    stored = (source.folder / "generation_config.json").is_file()
+    given = GenerationConfig.from_pretrained(source.folder) if stored else network.generation_config
+    config = network.config
+    config.architectures = [type(network).__name__]
+    generation = generation_config(config, tokenizer, given)
+    write_settings(folder, config, generation, tokenizer, dtype=None if dtype is None else DTYPES[dtype])
+
+
+def _certificate(source: ResolvedSource, adapter: Path, folder: Path, files: Files) -> Certificate | None:
+    tensors = [tensor for tensors in files.values() for tensor in tensors]
+    num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    if not fits_in_memory(num_parameters):
+        logger.warning("no certificate: %.2g parameters in float32 do not fit into free memory", num_parameters)
+        return None
+    rounded = any(tensor.dtype in _HALVES for tensor in tensors)
+    certificate = certify(source.folder, adapter, folder, rounded=rounded)
+    certificate.write(folder)
+    return certificate
