@@ -51,21 +51,22 @@ def save_adapter(
     """Writes one adapter of the network, in float32.
 
     base_model, base_sha256: the model it was trained on and the hash of its weights, by which a merge knows the base.
-    Raises AdapterError if the network has no adapter of this name.
+    Raises AdapterError if the network has no adapter of this name, or the folder cannot be written.
     """
     chosen = _named(network, name)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         _key(path, key): value.detach().to("cpu").contiguous()
         for path, adapter in chosen.items()
         for key, value in adapter.state_dict().items()
     }
-    save_file(
-        tensors, folder / _WEIGHTS, metadata={"format": "pt"} | ({_BASE_HASH: base_sha256} if base_sha256 else {})
-    )
-    settings = next(iter(chosen.values())).settings
-    config = _config(settings, _short_names(network, chosen), base_model)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    metadata = {"format": "pt"} | ({_BASE_HASH: base_sha256} if base_sha256 else {})
+    config = _config(next(iter(chosen.values())).settings, _short_names(network, chosen), base_model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / _WEIGHTS, metadata=metadata)
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: cannot be written ({error}); make room or choose another place") from error
 
 
 @dataclass(frozen=True, slots=True)

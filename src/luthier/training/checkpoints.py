@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,9 +38,24 @@ class Checkpoints:
         self.folder, self.keep_last, self.fingerprint = folder, keep_last, fingerprint
 
     def save(self, state: TrainState, *, best: bool = False) -> Path:
-        """Writes the state of a step; returns the checkpoint's folder. An existing one of the same step is replaced."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Writes the state of a step; returns the checkpoint's folder. An existing one of the same step is replaced.
+
+        Raises CheckpointError where there is no room for it; those before it stay as they are.
+        """
         final = self.folder / f"step-{state.progress.step:08d}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(state, final, best=best)
+            self._link(final)
+            _flush(self.folder)
+            self._prune(final)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{final}: cannot be written ({error}); make room and run again, which goes on from the one before"
+            ) from error
+        return final
+
+    def _write(self, state: TrainState, final: Path, *, best: bool) -> None:
         beside = self.folder / f".{final.name}.part"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
@@ -53,10 +68,6 @@ class Checkpoints:
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
-        self._link(final)
-        _flush(self.folder)
-        self._prune(final)
-        return final
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint of this run, or None. Raises CheckpointError if it belongs to another run.
