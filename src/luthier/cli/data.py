@@ -30,7 +30,7 @@ _TRAIN_ON = click.option(
 
 def command(word: str) -> click.Command:
     """The group `data`."""
-    group = click.Group(word, help="Look at data before training on it.")
+    group = click.Group(word, no_args_is_help=False, help="Look at data before training on it.")
     for subcommand in (preview, validate, convert, stats):
         group.add_command(subcommand)
     return group
@@ -48,8 +48,8 @@ def preview(files: tuple[str, ...], format_: str | None, model: str, train_on: T
     reading = read_examples(files, format=format_, on_error="skip")
     loaded = load(model)
     for sequence in _encoded(reading, loaded, train_on, limit=rows):
-        console.print(f"[bold]{sequence.origin}[/]: {len(sequence)} tokens, {sequence.num_trained} trained")
-        text = RichText()
+        counts = f": {len(sequence)} tokens, {sequence.num_trained} trained\n"
+        text = RichText.assemble((str(sequence.origin), "bold"), counts)
         for span in spans_of(sequence, loaded.tokenizer):
             text.append(span.text, style="green" if span.trained else "dim")
         console.print(text)

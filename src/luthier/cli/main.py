@@ -1,10 +1,12 @@
 """The `luthier` command. A command's module is imported only when that command runs, so `--help` needs neither torch
 nor transformers.
 
-Errors that the user can mend are printed as their one sentence, with exit code 1; `--debug` prints the traceback.
-Ctrl-C ends a run with exit code 130; what it saved is kept, and the same command goes on from there.
+Errors that the user can mend, a mistyped command line and files that cannot be used among them, are printed as one
+sentence, with exit code 1; `--debug` prints the traceback. Ctrl-C ends a run with exit code 130; what it saved is kept,
+and the same command goes on from there.
 """
 
+import errno
 import importlib
 import logging
 import sys
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
 from luthier import __version__
 from luthier.errors import LuthierError
@@ -40,7 +43,9 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return None
+            from luthier.recipe.problems import unknown  # costs time that `--help` need not spend
+
+            ctx.fail(f"{cmd_name}: {unknown('command', cmd_name, list(COMMANDS))}")
         module = importlib.import_module(f"luthier.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command(cmd_name)
         return command
@@ -50,11 +55,14 @@ class _Commands(click.Group):
             formatter.write_dl([(word, text) for word, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="luthier")
 @click.option("--debug", is_flag=True, help="Show tracebacks and every log line.")
-def luthier(debug: bool) -> None:
+@click.pass_context
+def luthier(ctx: click.Context, debug: bool) -> None:
     """Fine-tune, align, compress, evaluate and serve language models from one recipe."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO,
         format="%(message)s",
@@ -68,26 +76,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and ends the process with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        sys.exit(luthier.main(given, standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        sys.exit(luthier.main(given, prog_name="luthier", standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted; run the same command again to go on")
         sys.exit(130)
-    except LuthierError as error:
+    except (click.ClickException, LuthierError, OSError) as error:
         if "--debug" in given:
             traceback.print_exc()
-        _say(str(error))
+        _say(_sentence(error))
         sys.exit(1)
 
 
+def _sentence(error: Exception) -> str:
+    match error:
+        case click.UsageError(ctx=click.Context() as ctx):
+            return f"{error.format_message().rstrip('.')} (see {ctx.command_path} --help)"
+        case click.ClickException():
+            return error.format_message()
+        case OSError():
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            mend = "make room and run the same command again" if full else "check the path and who may use it"
+            return f"{error.filename}: {error.strerror}; {mend}" if error.filename else f"{error}; {mend}"
+    return str(error)
+
+
 def _say(sentence: str) -> None:
-    Console(stderr=True, highlight=False).print(f"[bold red]luthier:[/] {_escaped(sentence)}", soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+    Console(stderr=True).print(Text.assemble(("luthier: ", "bold red"), sentence), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -45,4 +45,4 @@ def run_on_screen(recipe: Recipe) -> None:
     summaries = run_recipe(recipe, listeners=lambda index, stage: [Screen(console, titles[index])])
     for title, summary in zip(titles, summaries, strict=True):
         show_summary(console, title, summary)
-    console.print(f"model: {Path(recipe.output) / 'model'}")
+    console.print(f"model: {Path(recipe.output) / 'model'}", markup=False)

@@ -18,7 +18,7 @@ _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
 def command(word: str) -> click.Command:
     """The group `verify`."""
-    group = click.Group(word, help="Show on your own recipe that Luthier keeps its promises.")
+    group = click.Group(word, no_args_is_help=False, help="Show on your own recipe that Luthier keeps its promises.")
     for subcommand in (loss, resume, template):
         group.add_command(subcommand)
     return group
