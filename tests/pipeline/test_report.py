@@ -181,6 +181,13 @@ def test_a_lone_surrogate_in_a_message_does_not_stop_the_page(run: Path) -> None
     assert "a?b" in page_of(run, Sample("a\ud800b", "", ""))
 
 
+def test_samples_stay_with_the_run_until_there_are_new_ones(run: Path) -> None:
+    first = page_of(run, Sample("Why?", "Who\nknows", "So."))
+    assert page_of(run) == first
+    assert page_of(run, Sample("Why?", "So.", "So it\u2028is.")) != first
+    assert "So it\u2028is." in Page(page_of(run)).texts
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"recipe\.yaml is missing"):
         write_report(tmp_path)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,13 @@ class _Stage:
 def write_report(folder: Path, *, samples: Sequence[Sample] = ()) -> Path:
     """Writes report.html into a run's folder and returns its path.
 
+    samples: kept in the folder as samples.jsonl, for later reports too; without any, those that are kept are shown.
     Raises CheckpointError where the folder holds no run.
     """
     if not (folder / "recipe.yaml").is_file():
         raise CheckpointError(f"{folder} holds no run (recipe.yaml is missing); name the output folder of a recipe")
+    if samples:
+        _replace(folder / "samples.jsonl", "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
     recipe = load_recipe(folder / "recipe.yaml")
     stages = [_read_stage(folder / f"{index:02d}-{stage.word}") for index, stage in enumerate(recipe.stages)]
     environment = Environment(
@@ -77,13 +80,23 @@ def write_report(folder: Path, *, samples: Sequence[Sample] = ()) -> Path:
         result=_result(stages),
         stages=[(stage, _cards(stage), _charts(stage)) for stage in stages],
         tables={"Recipe": _recipe_table(recipe), "Made of": _manifest_table(folder / "manifest.json")},
-        samples=samples,
+        samples=_read_samples(folder / "samples.jsonl"),
         frame=FRAME,
     )
-    beside = folder / ".report.html.part"
-    beside.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate in a message has no bytes
-    os.replace(beside, folder / "report.html")
-    return folder / "report.html"
+    return _replace(folder / "report.html", page)
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Writes the file whole or not at all."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate in a message has no bytes
+    os.replace(beside, path)
+    return path
+
+
+def _read_samples(path: Path) -> list[Sample]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Sample(**json.loads(line)) for line in lines]
 
 
 def _read_stage(folder: Path) -> _Stage:
