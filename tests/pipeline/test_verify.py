@@ -17,8 +17,8 @@ from luthier.data.batches import TokenBatch
 from luthier.errors import VerificationError
 from luthier.models.load import load
 from luthier.objectives.loss import Loss
+from luthier.pipeline.prepare import prepare_network
 from luthier.pipeline.stages import STAGES
-from luthier.pipeline.train import prepare_network
 from luthier.pipeline.verify_conversations import AWKWARD
 from luthier.pipeline.verify_loss import verify_loss
 from luthier.pipeline.verify_resume import verify_resume

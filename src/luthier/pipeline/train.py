@@ -14,28 +14,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from luthier.adapters.base import Adapter
-from luthier.adapters.inject import inject
 from luthier.adapters.peft_format import save_adapter
 from luthier.data.batches import StepPlan, TokenBatch, cut
-from luthier.data.prepare import Prepared, prepare
-from luthier.models.fuse import fuse
-from luthier.models.load import Model, load
-from luthier.models.trainable import checkpoint_layers, freeze_all, train_all_but
+from luthier.data.prepare import Prepared
+from luthier.models.load import Model
 from luthier.models.weights import weights_hash
+from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.stages import STAGES
-from luthier.recipe.training import SFT, Training
+from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import Run, fit, step_gradients
 from luthier.training.memory import default_micro_batch_tokens, keep_freed_memory
-from luthier.training.optimizers import make_optimizer
-from luthier.training.precision import Precision, float32_masters
-from luthier.training.state import Progress, TrainState
 
-__all__ = ["Summary", "make_run", "prepare_data", "prepare_network", "train"]
+__all__ = ["Summary", "make_run", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,35 +67,6 @@ def train(
     return prepared, _summary(run, folder, time.perf_counter() - started)
 
 
-def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
-    """The stage's sequences, with the template that the settings name."""
-    if isinstance(settings, SFT) and settings.chat_template is not None:
-        model.tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
-    stops = model.network.generation_config.eos_token_id
-    return prepare(
-        settings,
-        model.tokenizer,
-        eos_token_ids=stops if isinstance(stops, list) else [stops],
-        quarantine=folder / "quarantine.jsonl",
-    )
-
-
-def prepare_network(settings: Training, model: Model) -> list[Adapter]:
-    """Freezes, fuses and adapts the network as the settings say; returns the adapters."""
-    fusion = fuse(model.network)
-    for name, count in fusion.kept.items():
-        logger.info("%d %s differ from the fused form and run as they are", count, name)
-    adapters: list[Adapter] = []
-    if settings.adapter is None:
-        train_all_but(model.network, settings.freeze)
-    else:
-        freeze_all(model.network)
-        adapters = inject(model.network, settings.adapter, seed=settings.seed)
-    checkpoint_layers(model.network, settings.gradient_checkpointing)
-    model.network.train()
-    return adapters
-
-
 def make_run(
     word: str,
     settings: Training,
@@ -118,7 +83,7 @@ def make_run(
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
     return Run(
-        state=_fresh_state(settings, model),
+        state=fresh_state(settings, model),
         plan=StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps),
         objective=STAGES[word].objective,
         settings=settings,
@@ -130,16 +95,6 @@ def make_run(
         callbacks=listeners,
         after_step=[adapter.after_step for adapter in adapters],
     )
-
-
-def _fresh_state(settings: Training, model: Model) -> TrainState:
-    """Where training starts. A model that is trained itself in a narrow type starts from its weights as stored."""
-    stored: dict[str, Tensor] = {}
-    if settings.adapter is None and settings.dtype != "fp32":
-        wide = load(str(model.source.folder), dtype="fp32", device=model.device)
-        stored = dict(wide.network.named_parameters())
-    precision = Precision(float32_masters(model.network, stored))
-    return TrainState(model.network, make_optimizer(model.network, settings, precision), Progress(), precision)
 
 
 def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:

@@ -19,8 +19,8 @@ from luthier.data.batches import StepPlan, TokenBatch, collate, cut
 from luthier.data.sequences import TokenSequence
 from luthier.errors import VerificationError
 from luthier.models.load import Model, load
+from luthier.pipeline.prepare import prepare_data, prepare_network
 from luthier.pipeline.stages import STAGES
-from luthier.pipeline.train import prepare_data, prepare_network
 from luthier.recipe.document import Recipe
 from luthier.recipe.training import Training
 from luthier.training.loop import Objective, step_gradients

@@ -1,0 +1,66 @@
+"""A stage's data and network made ready: rows encoded, layers fused, frozen and adapted, the optimizer's start.
+
+The memory plan goes through the same functions with a network that has no weights, so it plans what will run.
+"""
+
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from luthier.adapters.base import Adapter
+from luthier.adapters.inject import inject
+from luthier.data.prepare import Prepared, prepare
+from luthier.models.fuse import fuse
+from luthier.models.load import Model, load
+from luthier.models.trainable import checkpoint_layers, freeze_all, train_all_but
+from luthier.recipe.training import SFT, Training
+from luthier.training.optimizers import make_optimizer
+from luthier.training.precision import Precision, float32_masters
+from luthier.training.state import Progress, TrainState
+
+__all__ = ["fresh_state", "prepare_data", "prepare_network"]
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
+    """The stage's sequences, with the template that the settings name."""
+    if isinstance(settings, SFT) and settings.chat_template is not None:
+        model.tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    stops = model.network.generation_config.eos_token_id
+    return prepare(
+        settings,
+        model.tokenizer,
+        eos_token_ids=stops if isinstance(stops, list) else [stops],
+        quarantine=folder / "quarantine.jsonl",
+    )
+
+
+def prepare_network(settings: Training, model: Model) -> list[Adapter]:
+    """Freezes, fuses and adapts the network as the settings say; returns the adapters."""
+    fusion = fuse(model.network)
+    for name, count in fusion.kept.items():
+        logger.info("%d %s differ from the fused form and run as they are", count, name)
+    adapters: list[Adapter] = []
+    if settings.adapter is None:
+        train_all_but(model.network, settings.freeze)
+    else:
+        freeze_all(model.network)
+        adapters = inject(model.network, settings.adapter, seed=settings.seed)
+    checkpoint_layers(model.network, settings.gradient_checkpointing)
+    model.network.train()
+    return adapters
+
+
+def fresh_state(settings: Training, model: Model, *, outline: bool = False) -> TrainState:
+    """Where training starts. A model that is trained itself in a narrow type starts from its weights as stored.
+
+    outline: the model has no weights, and none are read.
+    """
+    stored: dict[str, Tensor] = {}
+    if settings.adapter is None and settings.dtype != "fp32" and not outline:
+        wide = load(str(model.source.folder), dtype="fp32", device=model.device)
+        stored = dict(wide.network.named_parameters())
+    precision = Precision(float32_masters(model.network, stored))
+    return TrainState(model.network, make_optimizer(model.network, settings, precision), Progress(), precision)
