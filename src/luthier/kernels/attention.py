@@ -16,6 +16,7 @@ from torch.autograd import Function
 __all__ = ["ragged_attention", "window_mask"]
 
 EXPLICIT_UP_TO = 320  # tokens; measured on two AVX-512 cores: 128 tokens 1.2 ms against 3.0, 512 tokens 17 against 18
+EXPLICIT_MULTIPLE = 32  # each size of a product is compiled once and kept: 2 ms and 0.6 MB
 
 
 def ragged_attention(
@@ -46,8 +47,7 @@ def _one(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | 
     if window is not None and window < tokens:
         return _fused(query, key, value, scale, window_mask(tokens, window, query.device))
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and tokens <= EXPLICIT_UP_TO:
-        explicit: Tensor = _ExplicitAttention.apply(query, key[0], value[0], scale)
-        return explicit
+        return _explicit(query, key, value, scale)
     return _fused(query, key, value, scale, None)
 
 
@@ -61,6 +61,15 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Made up to a multiple of EXPLICIT_MULTIPLE tokens at the end, which no earlier token sees."""
+    tokens = query.shape[2]
+    end = (0, 0, 0, -tokens % EXPLICIT_MULTIPLE)
+    query, key, value = (torch.nn.functional.pad(t, end) for t in (query, key, value))
+    attended: Tensor = _ExplicitAttention.apply(query, key[0], value[0], scale)
+    return attended[:, :, :tokens]
 
 
 class _ExplicitAttention(Function):
