@@ -5,7 +5,8 @@ tensor is refused. Code that comes with a model is never run.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ from luthier.models.quiet import quiet
 from luthier.models.sources import ResolvedSource, resolve
 from luthier.models.stops import generation_config
 
-__all__ = ["DTYPES", "Model", "load"]
+__all__ = ["DTYPES", "Model", "load", "outline"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -71,15 +72,43 @@ def load(
     Raises ModelError if the model cannot be used, NetworkError if it must be fetched and the network is missing.
     """
     source = resolve(name, environment)
+    with _readable(source):
+        config, tokenizer = _described(source)
+        network = _network(source, config, dtype=DTYPES[dtype], attention=attention or _own_attention(config))
+        network.generation_config = generation_config(config, tokenizer, network.generation_config)
+    return Model(network if device is None else network.to(device), tokenizer, source)
+
+
+def outline(
+    name: str, *, dtype: Literal["bf16", "fp32"] = "fp32", environment: Mapping[str, str] = os.environ
+) -> Model:
+    """The model as `load` gives it, but without weights: its tensors have shapes and no values.
+
+    To be called, and its network used, within a FakeTensorMode. Raises what `load` raises.
+    """
+    source = resolve(name, environment)
+    with _readable(source):
+        config, tokenizer = _described(source)
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[dtype], attn_implementation=_own_attention(config), trust_remote_code=False
+        )
+        network.generation_config = generation_config(config, tokenizer, network.generation_config)
+    return Model(network.eval(), tokenizer, source)
+
+
+@contextmanager
+def _readable(source: ResolvedSource) -> Iterator[None]:
+    """Says in one sentence what the libraries below say in many."""
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-            network = _network(source, config, dtype=DTYPES[dtype], attention=attention or _own_attention(config))
-            network.generation_config = generation_config(config, tokenizer, network.generation_config)
+            yield
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{source.folder}: cannot be loaded ({_first_line(error)}); fetch it again") from error
-    return Model(network if device is None else network.to(device), tokenizer, source)
+
+
+def _described(source: ResolvedSource) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    return config, AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
 
 
 def _own_attention(config: PretrainedConfig) -> str | None:

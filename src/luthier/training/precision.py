@@ -31,9 +31,10 @@ def float32_masters(network: nn.Module, stored: Mapping[str, Tensor] | None = No
     wide, masters = stored or {}, {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad and is_narrow(parameter):
-            start = wide.get(name, parameter).detach()
-            fits = torch.equal(start.to(parameter.dtype), parameter.detach())
-            masters[parameter] = nn.Parameter((start if fits else parameter.detach()).float())
+            start = wide.get(name)
+            if start is None or not torch.equal(start.detach().to(parameter.dtype), parameter.detach()):
+                start = parameter
+            masters[parameter] = nn.Parameter(start.detach().float())
     return masters
 
 
