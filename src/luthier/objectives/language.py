@@ -13,4 +13,4 @@ def language_modelling(logprobs: Tensor, weights: Tensor, entropy: Tensor) -> Lo
     logprobs, weights, entropy: [targets], in nats. The unit is the token, so a step's loss is the mean over all its
     trained tokens however they are cut into micro-batches.
     """
-    return Loss(-logprobs * weights, unit="tokens", metrics={"entropy": entropy.sum()})
+    return Loss(-logprobs * weights, unit="tokens", metrics={"entropy": entropy})
