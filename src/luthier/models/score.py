@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from luthier.data.batches import TokenBatch
 from luthier.kernels.logprobs import HeadOptions, linear_logprobs
 from luthier.models.attention import ATTENTION
+from luthier.models.load import Model
 
 __all__ = ["STREAM_MULTIPLE", "Scores", "hidden_states", "score"]
 
@@ -31,8 +32,12 @@ class Scores:
     entropy: Tensor
 
 
-def score(network: PreTrainedModel, batch: TokenBatch) -> Scores:
-    """log p(target | what stands before it in its own sequence), and the entropy of that distribution."""
+def score(model: Model | PreTrainedModel, batch: TokenBatch) -> Scores:
+    """log p(target | what stands before it in its own sequence), and the entropy of that distribution.
+
+    model: as `load` gives it, or its network alone, which is what an objective is called with.
+    """
+    network = model.network if isinstance(model, Model) else model
     batch = batch.to(network.device)
     hidden = hidden_states(network, batch)[batch.target_index]
     head = network.get_output_embeddings()
@@ -60,7 +65,8 @@ def _run_stream(network: PreTrainedModel, body: nn.Module, batch: TokenBatch) ->
 
 
 def _any_length_is_cheap(network: PreTrainedModel) -> bool:
-    return network.device.type == "cpu" and network.dtype != torch.bfloat16
+    device: torch.device = network.device
+    return device.type == "cpu" and network.dtype != torch.bfloat16
 
 
 def _run(body: nn.Module, token_ids: Tensor, positions: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
