@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.adapters.inject import adapter_parameters, inject
-from luthier.adapters.peft_format import load_adapter, save_adapter
+from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
+from luthier.adapters.peft_format import load_adapter, read_adapter, save_adapter
 from luthier.errors import AdapterError
 from luthier.recipe import LoRA
 
@@ -75,11 +75,41 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
         load_adapter(network(hidden=48), tmp_path)
 
 
-def test_what_cannot_be_represented_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_leaves_the_network_as_it_was(tmp_path: Path) -> None:
+    save_adapter(adapted(LoRA(r=4)), tmp_path, base_model="base")
+    other = network(hidden=48)
+    with pytest.raises(AdapterError, match="made for another model"):
+        load_adapter(other, tmp_path)
+    assert not adapted_layers(other)
+
+
+@pytest.mark.parametrize("base_sha256", [None, "0" * 64])
+def test_an_adapter_says_what_it_was_trained_on_and_peft_still_reads_it(
+    base_sha256: str | None, tmp_path: Path
+) -> None:
+    save_adapter(adapted(LoRA(r=4)), tmp_path, base_model="base", base_sha256=base_sha256)
+    saved = read_adapter(tmp_path)
+    assert (saved.base_model, saved.base_sha256) == ("base", base_sha256)
+    assert peft.PeftModel.from_pretrained(network(), tmp_path).peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"use_dora": True}, "asks for use_dora"),
+        ({"target_modules": ".*_proj"}, "asks for target_modules as a pattern"),
+        ({"exclude_modules": ["q_proj"], "bias": "all"}, "asks for exclude_modules, bias"),
+        ({"peft_type": "IA3"}, "type IA3 cannot be read"),
+        ({"r": 0}, "not a LoRA's settings"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(
+    asked: dict[str, object], complaint: str, tmp_path: Path
+) -> None:
     save_adapter(adapted(LoRA(r=4)), tmp_path, base_model="base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(AdapterError, match="use_dora"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | asked))
+    with pytest.raises(AdapterError, match=complaint):
         load_adapter(network(), tmp_path)
 
 

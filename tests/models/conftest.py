@@ -1,7 +1,8 @@
 """Tiny real models: a few layers from a configuration and a seed, with a byte tokenizer that has a ChatML template."""
 
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,11 @@ def network() -> Factory:
 @pytest.fixture
 def model(network: Factory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Model:
     return Model(network(tie_word_embeddings=True), tokenizer, ResolvedSource("tiny", "folder", tmp_path))
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[], None]]:
+    """Called, no file may grow over 10,000 bytes until the test ends."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

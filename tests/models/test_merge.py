@@ -195,6 +195,17 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
 
 
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
+    base: Saved, tmp_path: Path, full_disk: Callable[[], None]
+) -> None:
+    place = base()
+    adapter = trained(place)
+    full_disk()
+    with pytest.raises(ModelError, match=r"cannot be written .* make room"):
+        merge_into(resolve(str(place)), adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
+
+
 def test_neither_the_base_nor_the_adapter_is_written_over(base: Saved, tmp_path: Path) -> None:
     place = base()
     adapter = trained(place)

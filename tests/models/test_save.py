@@ -119,6 +119,15 @@ def test_an_older_model_survives_a_save_that_fails(model: Model, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    model: Model, tmp_path: Path, full_disk: Callable[[], None]
+) -> None:
+    full_disk()
+    with pytest.raises(ModelError, match=r"cannot be written .* make room"):
+        save(model, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unmerged_adapter_is_never_lost_in_silence(model: Model, tmp_path: Path) -> None:
     inject(model.network, LoRA(r=2), seed=0)
     with pytest.raises(AdapterError, match="carries an adapter; merge it first"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -44,7 +45,7 @@ def save(
     try:
         with quiet(), written_whole(place) as beside:
             _write(model, beside, dtype=None if dtype is None else DTYPES[dtype], max_shard_bytes=max_shard_bytes)
-    except (OSError, ValueError) as error:  # ValueError: settings that transformers will not write
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: settings that transformers will not write
         raise ModelError(f"{place}: cannot be written ({error}); make room or choose another place") from error
     return place
 
