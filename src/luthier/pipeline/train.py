@@ -26,7 +26,7 @@ from luthier.pipeline.stages import STAGES
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, fit, step_gradients
+from luthier.training.loop import Objective, Run, fit, step_gradients
 from luthier.training.memory import default_micro_batch_tokens, keep_freed_memory
 
 __all__ = ["Summary", "make_run", "train"]
@@ -51,13 +51,23 @@ class Summary:
 
 
 def train(
-    word: str, settings: Training, model: Model, folder: Path, *, callbacks: Sequence[Callback] = ()
+    word: str,
+    settings: Training,
+    model: Model,
+    folder: Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    objective: Objective | None = None,
 ) -> tuple[Prepared, Summary]:
-    """Trains a stage in `folder`, going on from its last checkpoint if there is one. The network is left as trained."""
+    """Trains a stage in `folder`, going on from its last checkpoint if there is one. The network is left as trained.
+
+    objective: by default the stage's own.
+    """
     keep_freed_memory()
     prepared = prepare_data(settings, model, folder)
     adapters = prepare_network(settings, model)
     run = make_run(word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters)
+    run.objective = objective or run.objective
     _resume_or_rehearse(run, settings)
     started = time.perf_counter()
     fit(run)

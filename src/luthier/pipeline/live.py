@@ -1,0 +1,130 @@
+"""A model in memory from stage to stage: its adapter merged, its network exchanged, its way back after a failure.
+
+Here a model's network is what its source holds, rounded to the network's type, with one adapter on it at most. So an
+adapter is merged into the source's own weights and the result read back: what training had rounded is not stored, and
+what follows has the same bits as a recipe's next stage. Only one network exists at a time.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+from torch import nn
+
+from luthier.adapters.inject import adapted_layers
+from luthier.adapters.merge import remove_adapters
+from luthier.adapters.peft_format import save_adapter
+from luthier.errors import AdapterError, ModelError
+from luthier.models.load import DTYPES, Model, load
+from luthier.models.merge import merge_into
+from luthier.models.save import save
+from luthier.models.sources import ResolvedSource, resolve
+from luthier.models.trainable import checkpoint_layers
+from luthier.recipe.training import DType, Training
+from luthier.training.checkpoints import load_trained
+
+__all__ = ["carries_adapter", "dtype_of", "merge_carried", "settle", "start_digest", "undo", "write_merged"]
+
+_CHARACTERS_OF_DIGEST = 12
+
+
+def dtype_of(model: Model) -> DType:
+    """The settings' word for the type of the weights. Raises ModelError for a type that no stage trains."""
+    words: tuple[DType, ...] = get_args(DType)
+    for word in words:
+        if model.dtype == DTYPES[word]:
+            return word
+    raise ModelError(f"{model.source.name}: its weights are {model.dtype}; load it with dtype {' or '.join(words)}")
+
+
+def carries_adapter(model: Model) -> bool:
+    """Whether there is an adapter to be merged."""
+    return bool(adapted_layers(model.network))
+
+
+def start_digest(model: Model) -> str:
+    """Says which source and which adapter on it the model is."""
+    digest = hashlib.sha256(model.source.weights_hash.encode())
+    with _saved_adapter(model) as folder:
+        for file in sorted(folder.iterdir()):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:_CHARACTERS_OF_DIGEST]
+
+
+def write_merged(model: Model, place: Path, *, dtype: DType | None = None) -> Path:
+    """Writes the source with the model's adapter merged in; the model in memory keeps its adapter. Returns the place.
+
+    dtype: of the weights in the file, by default that of the source.
+    """
+    with _saved_adapter(model) as folder:
+        return merge_into(model.source, folder, place, dtype=dtype, tokenizer=model.tokenizer).folder
+
+
+def merge_carried(model: Model, place: Path) -> None:
+    """Makes the model one without adapter, which is stored in `place` and computes what the adapted one did."""
+    if not place.is_dir():
+        write_merged(model, place)
+    _exchange(model, resolve(str(place), model.source.environment))
+
+
+def settle(model: Model, settings: Training, folder: Path, place: Path) -> None:
+    """After a stage in `folder`: the network ready for use, and what was trained without an adapter stored in `place`,
+    which is the model's source from now on.
+    """
+    _rest(model)
+    if settings.adapter is not None:
+        return
+    if settings.dtype == "fp32":
+        save(model, place)
+    else:
+        stored = load(str(model.source.folder), dtype="fp32", environment=model.source.environment)
+        stored.tokenizer = model.tokenizer
+        load_trained(stored.network, folder / "checkpoints" / "last")
+        save(stored, place)
+    model.source = resolve(str(place), model.source.environment)
+
+
+def undo(model: Model, settings: Training) -> None:
+    """After a stage that failed: the model as it was before it."""
+    if settings.adapter is None:
+        _exchange(model, model.source)
+    else:
+        remove_adapters(model.network)
+        _rest(model)
+
+
+def _rest(model: Model) -> None:
+    model.network.eval()
+    checkpoint_layers(model.network, 0)
+
+
+def _exchange(model: Model, source: ResolvedSource) -> None:
+    """Another network in the old one's type, place and attention. The old one is emptied before the other is read."""
+    dtype, device, attention = dtype_of(model), model.device, model.config._attn_implementation
+    model.network.to("meta")
+    fresh = load(str(source.folder), dtype=dtype, device=device, attention=attention, environment=source.environment)
+    model.network, model.source = fresh.network, source
+
+
+@contextmanager
+def _saved_adapter(model: Model) -> Iterator[Path]:
+    """The model's adapter as files, for a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model.network, Path(folder), base_model=model.source.name, name=_only_adapter(model.network))
+        yield Path(folder)
+
+
+def _only_adapter(network: nn.Module) -> str:
+    """The name of the one adapter. Raises AdapterError if there are several, or one that is switched off."""
+    layers = adapted_layers(network)
+    names = sorted({name for layer in layers.values() for name in layer.adapters})
+    idle = [path for path, layer in layers.items() if set(layer.active) != set(layer.adapters)]
+    if len(names) > 1 or idle:
+        state = f"switched off at {idle[0]}" if idle else "several"
+        raise AdapterError(
+            f"the model carries the adapters {', '.join(names)}, {state}; leave one, switched on, or remove them"
+        )
+    return names[0]
