@@ -57,12 +57,16 @@ def _words(value: object, *, inner: bool = False) -> str:
         return repr(value)
     if isinstance(value, tuple | list):
         return f"({', '.join(_words(entry, inner=inner) for entry in value)})"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(_words(entry, inner=inner) for entry in value))}}}"
+    if isinstance(value, dict):
+        return _words(list(value.items()), inner=inner)
     if isinstance(value, CodeType):
         return f"{value.co_code.hex()} {value.co_names} {_words(value.co_consts)}"
     if isinstance(value, partial):
-        return _words((value.func, value.args, *sorted(value.keywords.items())), inner=inner)
+        return _words((value.func, value.args, value.keywords), inner=inner)
     if not isinstance(value, FunctionType):
         return f"{type(value).__module__}.{type(value).__qualname__}"
     closed_over = () if inner else tuple(cell.cell_contents for cell in value.__closure__ or ())
-    given = (value.__defaults__, *sorted((value.__kwdefaults__ or {}).items()))
-    return f"{value.__qualname__} {_words(value.__code__)} {_words((given, closed_over), inner=True)}"
+    bound = (value.__defaults__, value.__kwdefaults__, closed_over)
+    return f"{value.__qualname__} {_words(value.__code__)} {_words(bound, inner=True)}"

@@ -184,7 +184,8 @@ def _explained(function: Callable[..., Any], kind: type[Settings], names: Set[st
     signature = inspect.signature(function)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     shown = names - signature.parameters.keys()
-    function.__signature__ = signature.replace(parameters=[*own, *parameters_of(kind, shown)])  # type: ignore[attr-defined]
+    parameters = sorted([*own, *parameters_of(kind, shown)], key=lambda p: (p.kind, p.default is not p.empty))
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     function.__doc__ = f"{inspect.getdoc(function)}\n\n{explanation_of(kind, shown)}\n"
     return function
 
