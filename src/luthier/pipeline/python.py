@@ -54,7 +54,8 @@ callbacks: told of each step and evaluation; besides, progress goes to the log.
 Returns what the stage did. The same call in a new process goes on where this one was stopped, or takes up its result.
 Without `output`, a folder that holds another run is left alone, and this one goes to {output}-2, -3 and so on.
 Raises RecipeError for a setting that is wrong, DataError for data that would spoil the run, CheckpointError if `output`
-holds another run, TrainingError where training breaks down; the model is then what it was before.
+holds another run, TrainingError where training breaks down. After any failure, and after Ctrl-C, the model is what it
+was before, with the adapter that it carried merged.
 """
 
 
