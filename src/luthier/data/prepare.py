@@ -25,7 +25,9 @@ __all__ = ["Counts", "Prepared", "prepare"]
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Where the rows went: rows = examples + bad; sequences made of the examples; those over the length limit."""
+    """Where the rows went: rows = examples + bad; sequences made of the examples; those over the length limit, of what
+    is trained on and of what is held out.
+    """
 
     rows: int
     bad: int
@@ -36,6 +38,10 @@ class Counts:
     truncated: int
     tokens: int
     trained_tokens: int
+
+    def __str__(self) -> str:
+        over = f"{self.dropped_long:,} dropped and {self.truncated:,} cut as longer than max_length"
+        return f"{self.rows:,} rows, {self.bad:,} of them bad; {self.sequences:,} sequences to train on; {over}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def prepare(
     if settings.eval_data is not None:
         held_out = _read(settings, settings.eval_data, None).examples
     train, long = _sequences(training, settings, tokenizer)
-    evaluation, _ = _sequences(held_out, settings, tokenizer)
+    evaluation, long_held_out = _sequences(held_out, settings, tokenizer)
     if not train:
         raise DataError(
             f"{_named(settings.data)}: every sequence is longer than max_length {settings.max_length}; raise it"
@@ -84,7 +90,7 @@ def prepare(
     )
     if found.spoiled:
         raise DataError(found.sentence())
-    return Prepared(train, evaluation, found, _counts(reading, train, held_out, long, truncates))
+    return Prepared(train, evaluation, found, _counts(reading, train, held_out, [*long, *long_held_out], truncates))
 
 
 def _named(patterns: str | Sequence[str]) -> str:

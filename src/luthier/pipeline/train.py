@@ -36,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a stage did. losses in nats a token; first_eval_loss is of the model before its first step."""
+    """What a stage did. losses in nats a token; first_eval_loss is of the model before its first step.
+
+    counts: where the rows went, as `Counts` names it.
+    """
 
     steps: int
     seconds: float
@@ -48,6 +51,7 @@ class Summary:
     final_eval_loss: float | None
     trained_parameters: int
     fingerprint: str
+    counts: dict[str, int]
 
 
 def train(
@@ -65,6 +69,8 @@ def train(
     """
     keep_freed_memory()
     prepared = prepare_data(settings, model, folder)
+    for line in (str(prepared.counts), *prepared.audit.lines()):
+        logger.info("%s", line)
     adapters = prepare_network(settings, model)
     run = make_run(word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters)
     run.objective = objective or run.objective
@@ -74,7 +80,7 @@ def train(
     run.state.precision.close()
     if settings.adapter is not None:
         save_adapter(model.network, folder / "adapter", base_model=model.source.name)
-    return prepared, _summary(run, folder, time.perf_counter() - started)
+    return prepared, _summary(run, prepared, folder, time.perf_counter() - started)
 
 
 def make_run(
@@ -146,7 +152,7 @@ def _rehearse(run: Run) -> None:
     run.state.optimizer.zero_grad(set_to_none=True)
 
 
-def _summary(run: Run, folder: Path, seconds: float) -> Summary:
+def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summary:
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
@@ -163,6 +169,7 @@ def _summary(run: Run, folder: Path, seconds: float) -> Summary:
         final_eval_loss=evaluations[-1] if evaluations else None,
         trained_parameters=sum(p.numel() for p in run.state.trained().values()),
         fingerprint=run.checkpoints.fingerprint,
+        counts=asdict(prepared.counts),
     )
     (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n")
     return summary
