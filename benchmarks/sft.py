@@ -29,10 +29,11 @@ from luthier.data.sequences import TokenSequence
 from luthier.models.fuse import fuse
 from luthier.models.load import load
 from luthier.models.trainable import freeze_all
+from luthier.pipeline.plan import FIRST_MICRO_BATCH_TOKENS
 from luthier.pipeline.stages import STAGES
 from luthier.recipe import SFT, LoRA
 from luthier.training.loop import Run, train_step
-from luthier.training.memory import default_micro_batch_tokens, keep_freed_memory
+from luthier.training.memory import keep_freed_memory
 from luthier.training.optimizers import make_optimizer
 from luthier.training.state import Progress, TrainState
 
@@ -68,7 +69,7 @@ def run_luthier(dtype: str, steps: list[list[TokenSequence]]) -> dict[str, Any]:
         plan,
         STAGES["sft"].objective,
         settings,
-        default_micro_batch_tokens(model.device),
+        FIRST_MICRO_BATCH_TOKENS[model.device.type],
     )
     return _timed([lambda: float(train_step(run)["loss"]) for _ in steps])
 

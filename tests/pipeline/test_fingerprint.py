@@ -27,7 +27,7 @@ def fingerprint(model: Model, folder: Path, lengths: list[int], num_held_out: in
     parts = np.split(np.arange(12, dtype=np.int32), np.cumsum(lengths)[:-1])
     rows = [TokenSequence(part, np.ones(len(part), dtype=bool), Origin("rows.jsonl", 1)) for part in parts]
     prepared = Prepared(rows[num_held_out:], rows[:num_held_out], Audit((), 0, 0, 0), Counts(*[0] * 9))
-    run = make_run("sft", SFT(data="rows.jsonl", batch_size=1), model, prepared, folder)
+    run = make_run("sft", SFT(data="rows.jsonl", batch_size=1), model, prepared, folder, micro_batch_tokens=512)
     assert run.checkpoints is not None
     return run.checkpoints.fingerprint
 

@@ -13,6 +13,8 @@ from luthier.recipe.adapters import LoRA as LoRASettings
 
 __all__ = ["LoRA"]
 
+_MERGED_ROWS = 256  # of a weight at a time, so that merging a layer takes little more than the merged layer
+
 
 class LoRA(Adapter):
     """h = W x + (alpha / r) B A x        Hu et al. 2021, eq. 3; with rs_scaling alpha / sqrt(r), Kalajdzievski 2023"""
@@ -44,6 +46,9 @@ class LoRA(Adapter):
         return add_low_rank(base(x), dropped, self.lora_A, self.lora_B, self.scale)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        update = self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide))
-        return (weight.to(wide) + update.to(weight.device)).to(weight.dtype), bias
+        wide, merged = torch.promote_types(weight.dtype, torch.float32), torch.empty_like(weight)
+        a = self.lora_A.to(wide)
+        with torch.no_grad():
+            for new, old, b in zip(*(t.split(_MERGED_ROWS) for t in (merged, weight, self.lora_B)), strict=True):
+                new.copy_(old.to(wide) + (self.scale * (b.to(wide) @ a)).to(old.device))
+        return merged, bias

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from luthier.adapters.base import Adapter
@@ -63,10 +63,18 @@ def save_adapter(
     config = _config(next(iter(chosen.values())).settings, _short_names(network, chosen), base_model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / _WEIGHTS, metadata=metadata)
+        (folder / _WEIGHTS).write_bytes(_sorted_header(serialize(tensors, metadata)))
         (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: cannot be written ({error}); make room or choose another place") from error
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same safetensors file with the words of its header in order: safetensors itself writes them in any."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ minute.
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,17 +18,19 @@ import torch
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.peft_format import save_adapter
-from luthier.data.batches import StepPlan, TokenBatch, cut
+from luthier.data.batches import StepPlan, cut
 from luthier.data.prepare import Prepared
+from luthier.errors import RecipeError
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
+from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import Objective, Run, fit, step_gradients
-from luthier.training.memory import default_micro_batch_tokens, keep_freed_memory
+from luthier.training.memory import keep_freed_memory, release_freed_memory
 
 __all__ = ["Summary", "make_run", "train"]
 
@@ -71,15 +74,24 @@ def train(
     prepared = prepare_data(settings, model, folder)
     for line in (str(prepared.counts), *prepared.audit.lines()):
         logger.info("%s", line)
+    tokens = _micro_batch_tokens(word, settings, model, prepared, folder)
     adapters = prepare_network(settings, model)
-    run = make_run(word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters)
+    run = make_run(
+        word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters, micro_batch_tokens=tokens
+    )
     run.objective = objective or run.objective
-    _resume_or_rehearse(run, settings)
+    _resume_or_rehearse(run, prepared)
     started = time.perf_counter()
     fit(run)
     run.state.precision.close()
+    release_freed_memory()
     if settings.adapter is not None:
-        save_adapter(model.network, folder / "adapter", base_model=model.source.name)
+        save_adapter(
+            model.network,
+            folder / "adapter",
+            base_model=model.source.name,
+            base_sha256=model.source.weights_hash,
+        )
     return prepared, _summary(run, prepared, folder, time.perf_counter() - started)
 
 
@@ -92,9 +104,9 @@ def make_run(
     *,
     callbacks: Sequence[Callback] = (),
     adapters: Sequence[Adapter] = (),
+    micro_batch_tokens: int,
 ) -> Run:
     """The Run of a prepared stage: plan, optimizer, checkpoints and who listens."""
-    micro_batch_tokens = settings.micro_batch_tokens or default_micro_batch_tokens(model.device)
     listeners: list[Callback] = [MetricsFile(folder / "metrics.jsonl"), *callbacks]
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
@@ -127,26 +139,35 @@ def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
     return digest.hexdigest()
 
 
-def _resume_or_rehearse(run: Run, settings: Training) -> None:
+def _micro_batch_tokens(word: str, settings: Training, model: Model, prepared: Prepared, folder: Path) -> int:
+    """What the memory plan allows, written to plan.json. A run that goes on keeps what it began with: other cuts round
+    otherwise. Raises RecipeError where the smallest micro-batches do not fit.
+    """
+    path = folder / "plan.json"
+    if settings.resume and path.exists():
+        return int(json.loads(path.read_text(encoding="utf-8"))["micro_batch_tokens"])
+    planner = Planner(word, str(model.source.folder), prepared, Machine.here(model.device, model.network))
+    planned = planner.plan(settings)
+    if not planned.fits:
+        raise RecipeError(planned.sentence(planner.cheapest_change(settings)))
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / ".plan.json.part"
+    beside.write_text(json.dumps(planned.as_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    return planned.micro_batch_tokens
+
+
+def _resume_or_rehearse(run: Run, prepared: Prepared) -> None:
     assert run.checkpoints is not None
-    if not settings.resume:
+    assert run.micro_batch_tokens is not None
+    if not run.settings.resume:
         run.checkpoints.clear()
     found = run.checkpoints.latest()
-    if found is None:
-        _rehearse(run)
-    else:
+    if found is not None:
         run.checkpoints.load(found, run.state)
         logger.info("going on from %s", found)
-
-
-def _rehearse(run: Run) -> None:
-    """The largest micro-batch of the first epoch, forward and backward, its gradient thrown away."""
-    largest: TokenBatch | None = None
-    for step in range(min(run.plan.num_steps, run.plan.steps_per_epoch)):
-        for batch in run.cut(step):
-            if largest is None or batch.num_tokens > largest.num_tokens:
-                largest = batch
-    assert largest is not None
+        return
+    largest = largest_micro_batch(run.settings, prepared, run.micro_batch_tokens)
     torch.manual_seed(0)
     step_gradients(run.state.network, [largest], run.objective)
     run.state.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,221 @@
+"""The memory plan of a stage: what it will hold at its worst moment, and what to change where that does not fit.
+
+The stage's own data is read and encoded, its network is built without weights, and a step over its largest micro-batch
+runs on tensors that have no values, every byte counted. To that come what the process holds already and what the C
+library's allocator loses between blocks. Loading has a peak of its own: a file in float32 is mapped while bfloat16 is
+made of it.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from luthier.data.batches import StepPlan, TokenBatch, cut
+from luthier.data.prepare import Prepared
+from luthier.models.load import Model, outline
+from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
+from luthier.pipeline.stages import STAGES
+from luthier.recipe import LoRA
+from luthier.recipe.training import Training
+from luthier.training.footprint import Footprint, step_footprint
+from luthier.training.memory import available_bytes, resident_bytes, resident_in_files
+
+__all__ = [
+    "FIRST_MICRO_BATCH_TOKENS",
+    "Change",
+    "Machine",
+    "MemoryPlan",
+    "Planner",
+    "largest_micro_batch",
+    "plan_stage",
+]
+
+FIRST_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # on a CPU matrix products run at their full rate from there on
+SMALLEST_MICRO_BATCH_TOKENS = 64
+
+# Measured with benchmarks/plan.py.
+LOST_BETWEEN_BLOCKS = {"cpu": 0.15, "cuda": 0.05}  # of the bytes that come and go within a step
+COMPILED_PRODUCTS_BYTES = 150 * 10**6  # bfloat16 on a CPU: oneDNN compiles a product for each size and keeps it
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """micro_batch_tokens: the bound on a micro-batch. largest_tokens: of the largest that the data gives.
+    parts: bytes of each part while a step runs. loading_bytes: the peak before the first step. available_bytes: what
+    the device has for it.
+    """
+
+    micro_batch_tokens: int
+    largest_tokens: int
+    parts: dict[str, int]
+    loading_bytes: int
+    available_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that will be held at any moment."""
+        return max(self.loading_bytes, sum(self.parts.values()))
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there."""
+        return self.peak_bytes <= self.available_bytes
+
+    def sentence(self, change: "Change | None") -> str:
+        """What is wanted, what there is, and how to mend it."""
+        mend = f"set {change.words} ({change.plan.peak_bytes / 1e9:.1f} GB)" if change else "take a smaller model"
+        return (
+            f"the stage takes {self.peak_bytes / 1e9:.1f} GB and {self.available_bytes / 1e9:.1f} GB are there; {mend}"
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values, for JSON."""
+        return {"peak_bytes": self.peak_bytes, "fits": self.fits, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One setting changed, in a recipe's words, and the plan that follows."""
+
+    words: str
+    plan: MemoryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a stage shall run. process_bytes: what the process holds besides the network. available_bytes: what it may
+    hold in all.
+    """
+
+    device: torch.device
+    process_bytes: int
+    available_bytes: int
+
+    @classmethod
+    def here(cls, device: torch.device, network: PreTrainedModel | None = None) -> "Machine":
+        """This machine, with this process. network: one that the process has loaded already."""
+        process = 0 if device.type != "cpu" else resident_bytes() - _resident_weights(network)
+        return cls(device, process, available_bytes(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """A stage whose memory is asked for, on one machine and the data at hand, for any settings."""
+
+    word: str
+    model_name: str
+    prepared: Prepared
+    machine: Machine
+
+    def plan(self, settings: Training) -> MemoryPlan:
+        """With the micro-batches that the settings name, else with the largest of the usual size and its halves that
+        fit.
+        """
+        tokens = settings.micro_batch_tokens or FIRST_MICRO_BATCH_TOKENS[self.machine.device.type]
+        planned = self._plan(settings, tokens)
+        while not planned.fits and settings.micro_batch_tokens is None and tokens > self._smallest:
+            tokens //= 2
+            planned = self._plan(settings, tokens)
+        return planned
+
+    def cheapest_change(self, settings: Training) -> Change | None:
+        """The first change of settings that makes the stage fit, tried from the cheapest on; None where none does."""
+        for words, update in _candidates(settings, self._smallest):
+            planned = self.plan(settings.model_copy(update=update))
+            if planned.fits:
+                return Change(words, planned)
+        return None
+
+    @property
+    def _smallest(self) -> int:
+        return max(SMALLEST_MICRO_BATCH_TOKENS, *map(len, (*self.prepared.train, *self.prepared.evaluation)))
+
+    def _plan(self, settings: Training, tokens: int) -> MemoryPlan:
+        batch = largest_micro_batch(settings, self.prepared, tokens)
+        model, footprint = _footprint(self.word, settings, self.model_name, batch)
+        process, on_cpu = self.machine.process_bytes, self.machine.device.type == "cpu"
+        mapped = sum(file.stat().st_size for file in model.source.folder.glob("*.safetensors"))
+        compiled = COMPILED_PRODUCTS_BYTES if on_cpu and settings.dtype == "bf16" else 0
+        lost = LOST_BETWEEN_BLOCKS[self.machine.device.type] * (footprint.activations + footprint.gradients)
+        return MemoryPlan(
+            micro_batch_tokens=tokens,
+            largest_tokens=batch.num_tokens,
+            parts={
+                "process": process,
+                **{name: getattr(footprint, name) for name in Footprint.__slots__},
+                "allocator": int(lost) + compiled,
+            },
+            loading_bytes=process + footprint.weights + (mapped if on_cpu and settings.dtype != "fp32" else 0),
+            available_bytes=self.machine.available_bytes,
+        )
+
+
+def plan_stage(
+    word: str, settings: Training, model_name: str, *, limit_bytes: int | None = None
+) -> tuple[MemoryPlan, Change | None]:
+    """The plan of a stage before anything is loaded, and the cheapest change that makes it fit where it does not.
+
+    Raises what preparing its data raises.
+    """
+    prepared = _prepared(settings, model_name)
+    machine = Machine.here(torch.get_default_device())
+    planner = Planner(
+        word, model_name, prepared, replace(machine, available_bytes=limit_bytes or machine.available_bytes)
+    )
+    planned = planner.plan(settings)
+    return planned, None if planned.fits else planner.cheapest_change(settings)
+
+
+def largest_micro_batch(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> TokenBatch:
+    """The one with the most tokens in the first epoch."""
+    plan = StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
+    steps = (plan.step(i) for i in range(min(plan.num_steps, plan.steps_per_epoch)))
+    batches = (b for step in steps for b in cut(step, micro_batch_tokens, packing=settings.packing))
+    return max(batches, key=lambda batch: (batch.num_tokens, batch.count("tokens")))
+
+
+def _prepared(settings: Training, model_name: str) -> Prepared:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = outline(model_name, dtype=settings.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        return prepare_data(settings, model, Path(folder))
+
+
+def _resident_weights(network: PreTrainedModel | None) -> int:
+    """What of a loaded network's weights the resident set counts: of those in a file, the pages that were touched."""
+    if network is None:
+        return 0
+    mapped = resident_in_files(".safetensors")
+    return mapped or sum(p.nbytes for p in network.parameters())
+
+
+def _footprint(word: str, settings: Training, model_name: str, batch: TokenBatch) -> tuple[Model, Footprint]:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = outline(model_name, dtype=settings.dtype)
+        prepare_network(settings, model)
+        state = fresh_state(settings, model, outline=True)
+        return model, step_footprint(state, batch, STAGES[word].objective)
+
+
+def _candidates(settings: Training, smallest_tokens: int) -> Iterator[tuple[str, dict[str, object]]]:
+    """From what costs little time to what changes the method. Several settings together come last."""
+    smallest: dict[str, object] = {"micro_batch_tokens": smallest_tokens}
+    recomputed: dict[str, object] = {"gradient_checkpointing": 1}
+    yield _in_words(smallest), smallest
+    if settings.dtype == "fp32":
+        yield "dtype: bf16", {"dtype": "bf16"}
+    yield "gradient_checkpointing: 1", recomputed
+    together = {**recomputed, **smallest, "dtype": "bf16"}
+    yield _in_words(together), together
+    if settings.adapter is None:
+        together = {**together, "adapter": LoRA(), "freeze": ()}
+        yield f"adapter: {{type: lora}}, {_in_words(recomputed)}, dtype: bf16", together
+
+
+def _in_words(update: dict[str, object]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in update.items())
