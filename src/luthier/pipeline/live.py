@@ -26,7 +26,16 @@ from luthier.models.trainable import checkpoint_layers
 from luthier.recipe.training import DType, Training
 from luthier.training.checkpoints import load_trained
 
-__all__ = ["carries_adapter", "dtype_of", "merge_carried", "settle", "start_digest", "undo", "write_merged"]
+__all__ = [
+    "carries_adapter",
+    "dtype_of",
+    "merge_carried",
+    "settle",
+    "start_digest",
+    "store_trained",
+    "undo",
+    "write_merged",
+]
 
 _CHARACTERS_OF_DIGEST = 12
 
@@ -75,8 +84,13 @@ def settle(model: Model, settings: Training, folder: Path, place: Path) -> None:
     which is the model's source from now on.
     """
     _rest(model)
-    if settings.adapter is not None:
-        return
+    if settings.adapter is None:
+        store_trained(model, settings, folder, place)
+        model.source = resolve(str(place), model.source.environment)
+
+
+def store_trained(model: Model, settings: Training, folder: Path, place: Path) -> None:
+    """Writes a model that was trained without an adapter in `folder`: what was trained, over the weights as stored."""
     if settings.dtype == "fp32":
         save(model, place)
     else:
@@ -84,7 +98,6 @@ def settle(model: Model, settings: Training, folder: Path, place: Path) -> None:
         stored.tokenizer = model.tokenizer
         load_trained(stored.network, folder / "checkpoints" / "last")
         save(stored, place)
-    model.source = resolve(str(place), model.source.environment)
 
 
 def undo(model: Model, settings: Training) -> None:

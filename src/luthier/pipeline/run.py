@@ -11,18 +11,18 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from luthier.errors import CheckpointError, RecipeError
+from luthier.errors import CheckpointError
 from luthier.models.load import Model, load
 from luthier.models.merge import merge_into
-from luthier.models.save import save
 from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
+from luthier.pipeline.claim import claim, claimed_by
+from luthier.pipeline.live import store_trained
 from luthier.pipeline.manifest import write_manifest
 from luthier.pipeline.report import write_report
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Recipe, Stage, dump_recipe
 from luthier.training.callbacks import Callback
-from luthier.training.checkpoints import load_trained
 
 __all__ = ["run_recipe"]
 
@@ -53,20 +53,12 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
-    """Writes the resolved recipe, whole or not at all, or makes sure that the one that is there is the same."""
-    path, beside, text = output / "recipe.yaml", output / ".recipe.yaml.part", dump_recipe(recipe)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        found = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise RecipeError(f"output: {output} cannot be written ({error.strerror}); choose another output") from error
-    if found != text:
-        raise CheckpointError(
-            f"{output} holds a run of another recipe ({path}); choose another output, or delete that folder"
-        )
+    """Makes the folder this recipe's, or makes sure that it is already."""
+    text, found = dump_recipe(recipe), claimed_by(output)
+    if found is None:
+        claim(output, text)
+    elif found != text:
+        raise CheckpointError(f"{output} holds a run of another recipe; choose another output, or delete that folder")
 
 
 def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback]) -> Summary:
@@ -85,15 +77,10 @@ def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callb
 
 def _hand_over(stage: Stage, model: Model, folder: Path, destination: Path) -> None:
     """Writes the trained model without adapters: what was trained, in or over the weights as they are stored."""
-    if stage.settings.adapter is not None:
-        merge_into(model.source, folder / "adapter", destination, tokenizer=model.tokenizer)
-    elif stage.settings.dtype == "fp32":
-        save(model, destination)
+    if stage.settings.adapter is None:
+        store_trained(model, stage.settings, folder, destination)
     else:
-        stored = load(str(model.source.folder), dtype="fp32")
-        stored.tokenizer = model.tokenizer
-        load_trained(stored.network, folder / "checkpoints" / "last")
-        save(stored, destination)
+        merge_into(model.source, folder / "adapter", destination, tokenizer=model.tokenizer)
 
 
 def _describe(output: Path, recipe: Recipe) -> None:
