@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.pipeline.claim import claim, claimed_by, digest_of_code, give_back
+from luthier.pipeline.claim import claim, claimed_by, digest_of_code, give_back, goes_on
+from luthier.recipe import SFT, Pretrain, dump_recipe, recipe_of
 
 SOURCE = """
 def made(beta):
@@ -85,6 +86,36 @@ def test_a_folder_is_claimed_and_given_back_unless_there_is_a_checkpoint(tmp_pat
     (output / "00-sft" / "checkpoints" / "step-00000001").mkdir(parents=True)
     give_back(output)
     assert claimed_by(output) == "mine"
+
+
+RUN = dump_recipe(recipe_of("sft", SFT(data="a", learning_rate=0.1)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "same"),
+    [
+        (("output: runs/sft", "output: elsewhere"), True),
+        (("keep_last: 2", "keep_last: 1"), True),
+        (("on_error: stop", "on_error: skip"), True),
+        (("learning_rate: 0.1", "learning_rate: 0.2"), False),
+        (("seed: 42", "seed: 43"), False),
+        (("data: a", "data: b"), False),
+        (("model:", "# objective: 1\nmodel:"), False),
+        (("- sft:", "- pretrain:"), False),
+    ],
+)
+def test_a_run_goes_on_where_all_that_decides_its_numbers_is_equal(edit: tuple[str, str], same: bool) -> None:
+    edited = RUN.replace(*edit)
+    assert edited != RUN
+    assert goes_on(edited, RUN) is same
+    assert goes_on(RUN, edited) is same
+
+
+def test_a_run_that_begins_anew_may_have_other_settings_but_no_other_stages() -> None:
+    anew = RUN.replace("resume: true", "resume: false").replace("learning_rate: 0.1", "learning_rate: 0.2")
+    assert goes_on(anew, RUN)
+    assert not goes_on(RUN, anew)
+    assert not goes_on(anew, dump_recipe(recipe_of("pretrain", Pretrain(data="a"))))
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -141,6 +141,38 @@ def test_another_recipe_in_the_same_folder_is_refused(base: Path, rows: Path, tm
         run_recipe(recipe(base, rows, tmp_path / "run", SFT.replace("r: 4", "r: 2")))
 
 
+def test_a_recipe_that_trained_nothing_may_be_corrected(base: Path, rows: Path, tmp_path: Path) -> None:
+    good = rows.read_text()
+    rows.write_text(good + '{"question": "no answer"}\n')
+    with pytest.raises(DataError):
+        run_recipe(recipe(base, rows, tmp_path / "run", SFT))
+    (tmp_path / "run" / "00-sft").mkdir()
+    (tmp_path / "run" / "00-sft" / "plan.json").write_text('{"micro_batch_tokens": 1}')
+    rows.write_text(good)
+    (summary,) = run_recipe(recipe(base, rows, tmp_path / "run", SFT.replace("epochs: 2", "epochs: 1")))
+    assert summary.steps == 5
+    assert json.loads((tmp_path / "run" / "00-sft" / "plan.json").read_text())["micro_batch_tokens"] > 1
+
+
+def test_what_decides_no_number_may_change_on_the_way(base: Path, rows: Path, tmp_path: Path) -> None:
+    first = run_recipe(recipe(base, rows, tmp_path / "run", SFT))
+    changed = recipe(base, rows, tmp_path / "run", SFT.replace("epochs", "on_error: skip, keep_last: 1, epochs"))
+    assert run_recipe(changed) == first
+    assert "keep_last: 1" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_resume_false_begins_that_stage_and_the_later_ones_anew(base: Path, rows: Path, tmp_path: Path) -> None:
+    output, second = tmp_path / "run", SFT.replace("epochs: 2", "epochs: 1")
+    before = run_recipe(recipe(base, rows, output, second, second, second))
+    changed = second.replace("epochs: 1", "resume: false, epochs: 1").replace("r: 4", "r: 2")
+    after = run_recipe(recipe(base, rows, output, second, changed, second))
+    assert after[0] == before[0]
+    assert after[1].trained_parameters * 2 == before[1].trained_parameters
+    assert after[2].fingerprint != before[2].fingerprint
+    with pytest.raises(CheckpointError, match="another recipe"):
+        run_recipe(recipe(base, rows, output, second.replace("r: 4", "r: 2"), changed, second))
+
+
 def test_full_fine_tuning_trains_what_is_not_frozen(base: Path, rows: Path, tmp_path: Path) -> None:
     stage = (
         "sft: {data: ROWS, epochs: 1, batch_size: 8, adapter: none, freeze: ['*.embed_tokens.*'], learning_rate: 0.001}"

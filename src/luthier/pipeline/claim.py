@@ -1,20 +1,36 @@
-"""Whose run a folder holds: the resolved recipe in it says so, word by word, and the objective where it is the user's.
+"""Whose run a folder holds: the resolved recipe in it says so, and the objective where it is the user's.
 
-A run goes on only in its own folder. An objective from outside is not in the recipe's language; a comment above the
-recipe has a digest of its code, so that an edited one is another run.
+A run goes on only in its own folder, which is one where all that decides the run's numbers is equal, or where nothing
+was trained yet. An objective from outside is not in the recipe's language; a comment above the recipe has a digest of
+its code, so that an edited one is another run.
 """
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
 
 from luthier.errors import RecipeError
+from luthier.recipe.document import Stage, parse_recipe
 
-__all__ = ["claim", "claimed_by", "digest_of_code", "give_back"]
+__all__ = [
+    "FREE_SETTINGS",
+    "begins_anew",
+    "claim",
+    "claimed_by",
+    "digest_of_code",
+    "give_back",
+    "goes_on",
+    "has_trained",
+]
+
+FREE_SETTINGS = frozenset({"keep_last", "on_error", "output", "report_to", "resume"})
+"""Settings that decide no number: they may differ between the parts of one run."""
 
 _RECIPE = "recipe.yaml"
+_TRAINED = ("*/checkpoints/step-*", "*/adapter", "*/done.json", "*/model", "model")
 _PLAIN = (bool, bytes, complex, float, int, str, type(None))
 
 
@@ -28,20 +44,61 @@ def claimed_by(output: Path) -> str | None:
 
 
 def claim(output: Path, text: str) -> None:
-    """Makes the folder this run's, whole or not at all. Raises RecipeError."""
+    """Makes the folder this run's, whole or not at all; a memory plan of a run that trained nothing is forgotten.
+
+    Raises RecipeError.
+    """
     beside = output / f".{_RECIPE}.part"
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if not has_trained(output):
+            for plan in output.glob("[0-9][0-9]-*/plan.json"):
+                plan.unlink()
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, output / _RECIPE)
     except OSError as error:
         raise RecipeError(f"output: {output} cannot be written ({error.strerror}); choose another output") from error
 
 
+def has_trained(output: Path) -> bool:
+    """Whether the folder holds anything that training made: a checkpoint, an adapter, a model, a stage that is done."""
+    return any(any(output.glob(pattern)) for pattern in _TRAINED)
+
+
 def give_back(output: Path) -> None:
-    """Makes the folder nobody's, unless one of its stages has a checkpoint to go on from."""
-    if not any(output.glob("*/checkpoints/step-*")):
+    """Makes the folder nobody's, unless something was trained there."""
+    if not has_trained(output):
         (output / _RECIPE).unlink(missing_ok=True)
+
+
+def goes_on(text: str, found: str) -> bool:
+    """Whether the run that a recipe's text describes may go on in the folder that says `found`.
+
+    From the first stage with `resume: false` on, which begins anew, only the words of the stages must be the same.
+    """
+    if text == found:
+        return True
+    try:
+        ours, theirs = parse_recipe(text, name=_RECIPE).stages, parse_recipe(found, name=_RECIPE).stages
+    except RecipeError:
+        return False
+    kept = begins_anew(ours)
+    free = set(FREE_SETTINGS)
+    return (
+        _notes(text) == _notes(found)
+        and [stage.word for stage in ours] == [stage.word for stage in theirs]
+        and [stage.settings.model_dump(exclude=free) for stage in ours[:kept]]
+        == [stage.settings.model_dump(exclude=free) for stage in theirs[:kept]]
+    )
+
+
+def begins_anew(stages: Sequence[Stage]) -> int:
+    """The index of the first stage with `resume: false`; the number of stages where all go on."""
+    return next((index for index, stage in enumerate(stages) if not stage.settings.resume), len(stages))
+
+
+def _notes(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("#")]
 
 
 def digest_of_code(function: object) -> str:

@@ -24,7 +24,7 @@ from luthier.errors import CheckpointError, RecipeError, TrainingError
 from luthier.models.load import Model
 from luthier.models.save import save as save_plain
 from luthier.objectives.loss import Loss, Unit
-from luthier.pipeline.claim import claim, claimed_by, digest_of_code, give_back
+from luthier.pipeline.claim import claim, claimed_by, digest_of_code, give_back, goes_on
 from luthier.pipeline.live import carries_adapter, dtype_of, merge_carried, settle, start_digest, undo, write_merged
 from luthier.pipeline.stages import STAGES
 from luthier.pipeline.train import Summary, train
@@ -237,7 +237,7 @@ def _claimed(call: _Call, start: str | None) -> tuple[_Call, bool]:
         found = claimed_by(Path(output))
         if found is None:
             claim(Path(output), placed.text)
-        if found in (None, placed.text):
+        if found is None or goes_on(placed.text, found):
             logger.info("%s: in %s", call.word, output)
             return placed, found is None
     raise CheckpointError(f"{wanted} holds another run; choose another output, or delete that folder")

@@ -8,6 +8,7 @@ training), so no adapter ever stands on another.
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from luthier.models.load import Model, load
 from luthier.models.merge import merge_into
 from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
-from luthier.pipeline.claim import claim, claimed_by
+from luthier.pipeline.claim import begins_anew, claim, claimed_by, goes_on, has_trained
 from luthier.pipeline.live import store_trained
 from luthier.pipeline.manifest import write_manifest
 from luthier.pipeline.report import write_report
@@ -34,8 +35,9 @@ Listeners = Callable[[int, Stage], Sequence[Callback]]
 def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()) -> list[Summary]:
     """Runs every stage that is not done yet and leaves the final model in `output`/model.
 
-    listeners: asked at the start of each stage for the callbacks that shall hear of it. Raises CheckpointError where
-    the output folder holds another recipe's run.
+    listeners: asked at the start of each stage for the callbacks that shall hear of it. From the first stage with
+    `resume: false` on, an earlier run is begun anew. Raises CheckpointError where the output folder holds another
+    recipe's run.
     """
     output = Path(recipe.output)
     _claim(output, recipe)
@@ -53,12 +55,24 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
-    """Makes the folder this recipe's, or makes sure that it is already."""
+    """Makes the folder this recipe's, or makes sure that it is already, and forgets what is to begin anew."""
     text, found = dump_recipe(recipe), claimed_by(output)
-    if found is None:
-        claim(output, text)
-    elif found != text:
-        raise CheckpointError(f"{output} holds a run of another recipe; choose another output, or delete that folder")
+    if found is not None and has_trained(output):
+        if not goes_on(text, found):
+            raise CheckpointError(
+                f"{output} holds a run of another recipe; choose another output, or delete that folder"
+            )
+        _forget(output, recipe)
+    claim(output, text)
+
+
+def _forget(output: Path, recipe: Recipe) -> None:
+    """Later stages first, so that a kill leaves no stage done on a model that is to be trained again."""
+    folders = [output / f"{index:02d}-{stage.word}" for index, stage in enumerate(recipe.stages)]
+    for folder in reversed(folders[begins_anew(recipe.stages) :]):
+        for file in ("done.json", "plan.json"):
+            (folder / file).unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback]) -> Summary:

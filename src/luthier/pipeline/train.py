@@ -23,6 +23,7 @@ from luthier.data.prepare import Prepared
 from luthier.errors import RecipeError
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
+from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.stages import STAGES
@@ -127,8 +128,8 @@ def make_run(
 
 def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
     """What must be equal for a checkpoint to be of this run: all that decides its numbers."""
-    free = {"output", "resume", "report_to", "keep_last", "model", "data", "eval_data", "on_error"}
-    digest = hashlib.sha256(settings.model_dump_json(exclude=free).encode())
+    hashed_below = {"model", "data", "eval_data"}
+    digest = hashlib.sha256(settings.model_dump_json(exclude=FREE_SETTINGS | hashed_below).encode())
     digest.update(weights_hash(model.source.folder).encode())
     for part in (prepared.train, prepared.evaluation):
         digest.update(f"{len(part)} sequences".encode())
