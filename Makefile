@@ -29,7 +29,6 @@ test-slow: setup
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q $(TORCH)
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e '.[test]'
 	touch $@
 

@@ -30,13 +30,13 @@ ON_THE_COMMAND_LINE = {
     "rnu": 'did you mean "run"',
     "run": "Missing argument 'RECIPE'",
     "run recipe.yaml twice": "unexpected extra argument (twice)",
-    "run --colour recipe.yaml": "No such option '--colour'",
+    "run --colour recipe.yaml": "--colour",
     "sft --data rows.jsonl --epohcs 3": "--epochs",
     "sft --data rows.jsonl --epochs many": '--epochs: expected a whole number, got "many"',
     "sft --data rows.jsonl --format shargpt": "'sharegpt'",
     "sft": "--data: is required",
     "data": "Missing command",
-    "data valdate rows.jsonl": "validate",
+    "data valdate rows.jsonl": "No such command 'valdate'",
     "generate --temperature -1 hello": "--temperature",
 }
 
@@ -67,7 +67,7 @@ IN_THE_RECIPE = {
     "output: run\n": ("output: rows.jsonl/run\n", "rows.jsonl/run cannot be written"),
     "data: rows.jsonl": ("data: rows.json", 'is "rows.jsonl" meant?'),
     "data: rows": ("format: sharegpt, data: rows", 'has no "conversations"'),
-    "max_steps: 2": ("chat_template: none.jinja", "none.jinja"),
+    "max_steps: 2": ("chat_template: none.jinja", "chat_template: none.jinja cannot be read (No such file"),
     "adapter: {r": ("adapter: {target_modules: q_prj, r", 'did you mean "q_proj"?'),
 }
 

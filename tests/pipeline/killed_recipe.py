@@ -28,6 +28,7 @@ from luthier.cli.run import run_on_screen
 
 IMPORTED = (LlamaForCausalLM, PreTrainedTokenizerFast, run_on_screen)  # here already when a run is forked
 MEASURED = {"seconds", "milliseconds_per_step", "tokens_per_second", "memory_bytes"}  # differ by nature
+OF_ITS_DAY = {"report.html", "plan.json"}  # tell times, and the memory that was there
 WRITES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"}
 
 
@@ -102,7 +103,7 @@ def outcome(run: Path) -> dict[str, object]:
         elif path.name in ("summary.json", "done.json"):
             found[name] = without_measured(path.read_text())
         else:
-            found[name] = path.read_bytes() if path.is_file() and path.name != "report.html" else "there"
+            found[name] = path.read_bytes() if path.is_file() and path.name not in OF_ITS_DAY else "there"
     return found
 
 
