@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
+from luthier.errors import RecipeError
 from luthier.recipe import SFT, Pretrain, Recipe, Stage, dump_recipe, load_recipe, parse_recipe, recipe_of
 
 TEXT = """
@@ -42,12 +42,12 @@ def test_a_command_is_a_recipe_of_one_stage() -> None:
 
 
 def test_a_stage_made_in_python_cannot_have_a_model_of_its_own() -> None:
-    with pytest.raises(ValidationError, match=r"stages\[0\]\.sft\.model: belongs to the whole recipe"):
+    with pytest.raises(RecipeError, match=r"stages\[0\]\.sft\.model: belongs to the whole recipe"):
         Recipe(model="mine", stages=(Stage("sft", SFT(data="a", model="other")),))
 
 
 def test_a_stage_has_the_settings_of_its_word() -> None:
-    with pytest.raises(ValidationError, match=r'stages\[0\]: "sft" is no stage that takes Pretrain settings'):
+    with pytest.raises(RecipeError, match=r'stages\[0\]: "sft" is no stage that takes Pretrain settings'):
         Recipe(stages=(Stage("sft", Pretrain(data="a")),))
 
 

@@ -97,6 +97,15 @@ def test_wrong_settings_from_python_are_said_in_the_same_words() -> None:
         SFT.model_validate({"data": "a", "lr": 1, "adapter": {"rank": 1}})
 
 
+def test_settings_made_wrong_in_python_are_a_recipe_error() -> None:
+    with pytest.raises(RecipeError, match=r'^rank: unknown field; did you mean "r"\?$'):
+        LoRA(rank=16)  # type: ignore[call-arg]
+    with pytest.raises(
+        RecipeError, match=r"^epochs: expected at least 1, got 0\nadapter\.r: expected at least 1, got 0$"
+    ):
+        SFT(data="a", adapter={"r": 0}, epochs=0)  # type: ignore[arg-type]
+
+
 def test_settings_survive_json() -> None:
     settings = SFT(data=("a", "b"), adapter=LoRA(r=3), gradient_checkpointing=2)
     assert settings_from(SFT, json.loads(settings.model_dump_json())) == settings

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.inject import ADAPTERS, DEFAULT_NAME, adapted_layers, inject, targets
-from luthier.errors import AdapterError
+from luthier.errors import AdapterError, RecipeError
 from luthier.recipe.adapters import AdapterSettings, LoRA
 
 __all__ = ["SavedAdapter", "load_adapter", "read_adapter", "save_adapter"]
@@ -216,7 +215,7 @@ def _settings(folder: Path, config: dict[str, Any]) -> AdapterSettings:
             target_modules="all-linear" if isinstance(names, str) else tuple(config["target_modules"]),
             rs_scaling=config.get("use_rslora", False),
         )
-    except (KeyError, TypeError, ValidationError) as error:
+    except (KeyError, TypeError, RecipeError) as error:
         raise AdapterError(f"{folder / _CONFIG}: not a LoRA's settings ({error}); save the adapter again") from error
 
 

@@ -40,6 +40,16 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, defer_build=True
     )
 
+    def __init__(self, /, **values: Any) -> None:
+        """Settings by their fields' names; raises RecipeError with one line for each field that is wrong."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RecipeError(_sentences(error, values)) from None
+
+    # pydantic's own mark: settings within others are validated without __init__, and their errors are gathered
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @model_validator(mode="wrap")
     @classmethod
     def _say_every_problem(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -64,7 +74,11 @@ def settings_from(cls: type[S], values: Mapping[str, object]) -> S:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        raise RecipeError("\n".join(map(str, problems_in(error, values)))) from None
+        raise RecipeError(_sentences(error, values)) from None
+
+
+def _sentences(error: ValidationError, values: Mapping[str, object]) -> str:
+    return "\n".join(map(str, problems_in(error, values)))
 
 
 def branches(annotation: Any) -> tuple[Any, ...]:
