@@ -11,6 +11,7 @@ from torch import Tensor
 from luthier.adapters.base import Adapter
 from luthier.adapters.inject import inject
 from luthier.data.prepare import Prepared, prepare
+from luthier.errors import RecipeError
 from luthier.models.fuse import fuse
 from luthier.models.load import Model, load
 from luthier.models.trainable import checkpoint_layers, freeze_all, train_all_but
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
     """The stage's sequences, with the template that the settings name."""
     if isinstance(settings, SFT) and settings.chat_template is not None:
-        model.tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+        model.tokenizer.chat_template = _read_template(Path(settings.chat_template))
     stops = model.network.generation_config.eos_token_id
     return prepare(
         settings,
@@ -35,6 +36,16 @@ def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
         eos_token_ids=stops if isinstance(stops, list) else [stops],
         quarantine=folder / "quarantine.jsonl",
     )
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (
+            "is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+        )
+        raise RecipeError(f"chat_template: {path} {reason}; name a Jinja file, from {Path.cwd()} on") from error
 
 
 def prepare_network(settings: Training, model: Model) -> list[Adapter]:
