@@ -269,8 +269,9 @@ def test_every_stage_is_a_function_that_explains_itself(word: str) -> None:
 
 def test_the_run_folder_is_a_recipe_s(model_of: Callable[..., lt.Model]) -> None:
     model = model_of()
-    lt.sft(model, data="rows.jsonl", **FIELDS)
+    summary = lt.sft(model, data="rows.jsonl", **FIELDS)
     settings = FIELDS | {"data": "rows.jsonl", "model": model.source.name, "dtype": "fp32"}
     expected = recipe_of("sft", settings_from(STAGE_SETTINGS["sft"], settings))
     assert lt.load_recipe("runs/sft/recipe.yaml") == expected
+    assert Path(summary.folder, "adapter").is_dir()
     assert "00-sft" in write_report(Path("runs/sft")).read_text()

@@ -42,9 +42,10 @@ logger = logging.getLogger(__name__)
 class Summary:
     """What a stage did. losses in nats a token; first_eval_loss is of the model before its first step.
 
-    counts: where the rows went, as `Counts` names it.
+    folder: the stage's own, with metrics, checkpoints and adapter.  counts: where the rows went, as `Counts` names it.
     """
 
+    folder: str
     steps: int
     seconds: float
     milliseconds_per_step: float
@@ -181,6 +182,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summ
     times = [line["seconds"] for line in lines if "loss" in line]
     assert run.checkpoints is not None
     summary = Summary(
+        folder=str(folder),
         steps=run.state.progress.step,
         seconds=seconds,
         milliseconds_per_step=1000 * sum(times) / max(1, len(times)),
