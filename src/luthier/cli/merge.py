@@ -5,8 +5,10 @@ from typing import Literal
 
 import click
 
+from luthier.adapters.peft_format import read_adapter
+from luthier.errors import AdapterError, ModelError
 from luthier.models.merge import merge_into
-from luthier.models.sources import resolve
+from luthier.models.sources import ResolvedSource, resolve
 
 __all__ = ["command"]
 
@@ -15,7 +17,7 @@ def command(word: str) -> click.Command:
     """The command `merge`."""
 
     @click.command(word, help="Merge an adapter into its model, tensor by tensor.")
-    @click.option("--model", default="smollm2-135m", show_default=True, help="The model that it was trained on.")
+    @click.option("--model", help="The model that it was trained on. [default: the one that the adapter names]")
     @click.option("--adapter", required=True, type=click.Path(path_type=Path), help="The adapter's folder.")
     @click.option("--output", required=True, type=click.Path(path_type=Path), help="The folder of the merged model.")
     @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), help="Of the merged weights. [default: as stored]")
@@ -25,8 +27,11 @@ def command(word: str) -> click.Command:
         show_default=True,
         help="Load the result and compare it with model and adapter, which needs memory for the whole model.",
     )
-    def merge(model: str, adapter: Path, output: Path, dtype: Literal["bf16", "fp32"] | None, verify: bool) -> None:
-        merged = merge_into(resolve(model), adapter, output, dtype=dtype, verify=verify)
+    def merge(
+        model: str | None, adapter: Path, output: Path, dtype: Literal["bf16", "fp32"] | None, verify: bool
+    ) -> None:
+        source = resolve(model) if model else _base_of(adapter)
+        merged = merge_into(source, adapter, output, dtype=dtype, verify=verify)
         click.echo(f"{merged.num_layers} layers merged into {merged.folder}")
         if (proof := merged.certificate) is not None:
             click.echo(
@@ -35,3 +40,16 @@ def command(word: str) -> click.Command:
             )
 
     return merge
+
+
+def _base_of(adapter: Path) -> ResolvedSource:
+    """The model that the adapter names. Raises AdapterError where it names none, or one that is not to be found."""
+    name = read_adapter(adapter).base_model
+    if not name:
+        raise AdapterError(f"{adapter}: does not say what it was trained on; give --model")
+    try:
+        return resolve(name)
+    except ModelError as error:
+        raise AdapterError(
+            f"{adapter}: was trained on {name}, which is not to be found; give --model ({error})"
+        ) from error
