@@ -154,6 +154,19 @@ def test_a_recipe_that_trained_nothing_may_be_corrected(base: Path, rows: Path, 
     assert json.loads((tmp_path / "run" / "00-sft" / "plan.json").read_text())["micro_batch_tokens"] > 1
 
 
+def test_a_stage_that_is_done_on_data_that_changed_is_refused(base: Path, rows: Path, tmp_path: Path) -> None:
+    run_recipe(recipe(base, rows, tmp_path / "run", SFT))
+    rows.write_text(rows.read_text().replace("11.", "12."))
+    with pytest.raises(CheckpointError, match=r"00-sft is done, but .*rows\.jsonl changed since then"):
+        run_recipe(recipe(base, rows, tmp_path / "run", SFT))
+    (summary,) = run_recipe(recipe(base, rows, tmp_path / "run", SFT.replace("epochs", "resume: false, epochs")))
+    run_recipe(recipe(base, rows, tmp_path / "new", SFT))
+    assert (
+        read_metrics(Path(summary.folder) / "metrics.jsonl")[0]["eval_loss"]
+        == (read_metrics(tmp_path / "new" / "00-sft" / "metrics.jsonl")[0]["eval_loss"])
+    )
+
+
 def test_what_decides_no_number_may_change_on_the_way(base: Path, rows: Path, tmp_path: Path) -> None:
     first = run_recipe(recipe(base, rows, tmp_path / "run", SFT))
     changed = recipe(base, rows, tmp_path / "run", SFT.replace("epochs", "on_error: skip, keep_last: 1, epochs"))

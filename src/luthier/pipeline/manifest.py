@@ -13,8 +13,9 @@ import torch
 
 from luthier.data.sources import find_files
 from luthier.recipe.document import Recipe
+from luthier.recipe.training import Pretrain, Training
 
-__all__ = ["write_manifest"]
+__all__ = ["data_hashes", "write_manifest"]
 
 _PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -26,7 +27,7 @@ def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], art
         "hardware": _hardware(),
         "seeds": {f"{i:02d}-{stage.word}": stage.settings.seed for i, stage in enumerate(recipe.stages)},
         "base_model": dict(base),
-        "data": _data_hashes(recipe),
+        "data": {name: digest for stage in recipe.stages for name, digest in data_hashes(stage.settings).items()},
         "artifacts": dict(artifacts),
     }
     beside = folder / ".manifest.json.part"
@@ -39,12 +40,10 @@ def _hardware() -> dict[str, Any]:
     return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
-def _data_hashes(recipe: Recipe) -> dict[str, str]:
-    files: set[str] = set()
-    for stage in recipe.stages:
-        files |= set(find_files(stage.settings.data))
-        if stage.settings.eval_data is not None:
-            files |= set(find_files(stage.settings.eval_data))
+def data_hashes(settings: Training) -> dict[str, str]:
+    """SHA-256 of every file that the stage reads its data from. Raises DataError where a name matches no file."""
+    named = [settings.data, settings.eval_data, *(settings.mix if isinstance(settings, Pretrain) else ())]
+    files = {file for names in named if names is not None for file in find_files(names)}
     return {name: _sha256(Path(name)) for name in sorted(files)}
 
 

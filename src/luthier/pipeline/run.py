@@ -1,15 +1,15 @@
 """A recipe's stages in a row, each on the merged model of the one before, going on where an earlier run stopped.
 
-A stage that is done says so in its `summary.json`, under the fingerprint of its settings, data and model; it is not
-done again. Between two stages the adapter is merged into the weights as they are stored (not as they were rounded for
-training), so no adapter ever stands on another.
+A stage that is done says so in its `done.json`, with the hashes of its data; it is not done again, and refused where
+that data has changed. Between two stages the adapter is merged into the weights as they are stored (not as they were
+rounded for training), so no adapter ever stands on another.
 """
 
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from luthier.errors import CheckpointError
@@ -19,7 +19,7 @@ from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import begins_anew, claim, claimed_by, goes_on, has_trained
 from luthier.pipeline.live import store_trained
-from luthier.pipeline.manifest import write_manifest
+from luthier.pipeline.manifest import data_hashes, write_manifest
 from luthier.pipeline.report import write_report
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Recipe, Stage, dump_recipe
@@ -76,17 +76,28 @@ def _forget(output: Path, recipe: Recipe) -> None:
 
 
 def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback]) -> Summary:
-    done = folder / "done.json"
+    done, data = folder / "done.json", data_hashes(stage.settings)
     if done.exists():
+        _refuse_changed(folder, json.loads(done.read_text(encoding="utf-8")).get("data", {}), data)
         logger.info("%s is done already", folder)
-        return Summary(**json.loads(done.read_text(encoding="utf-8")))
+        return Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     model = load(source, dtype=stage.settings.dtype)
     _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks)
     _hand_over(stage, model, folder, destination)
     beside = folder / ".done.json.part"
-    beside.write_text((folder / "summary.json").read_text(encoding="utf-8"), encoding="utf-8")
+    beside.write_text(json.dumps({"data": data}, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, done)
     return summary
+
+
+def _refuse_changed(folder: Path, trained_on: Mapping[str, str], data: Mapping[str, str]) -> None:
+    """Raises CheckpointError where a stage that is done was trained on other data than there is now."""
+    changed = sorted(name for name in trained_on.keys() | data.keys() if trained_on.get(name) != data.get(name))
+    if changed:
+        raise CheckpointError(
+            f"{folder} is done, but {', '.join(changed)} changed since then; choose another output, or train it again "
+            "with resume: false"
+        )
 
 
 def _hand_over(stage: Stage, model: Model, folder: Path, destination: Path) -> None:
