@@ -15,7 +15,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from luthier.errors import ModelError, NetworkError
-from luthier.models.cache import cache_folder, made_once, written_whole
+from luthier.files import written_whole
+from luthier.models.cache import cache_folder, made_once
 from luthier.models.load import Model
 from luthier.models.packages import PACKAGED, PackagedFile, PackagedModel, fetch
 from luthier.models.save import save

@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_adapter_is_refused_by_name(run_of: RunOf, tmp_p
         kept.load(kept.latest() or tmp_path, wider.state)
 
 
-@pytest.mark.parametrize("leftover", [".step-00000002.part", ".last.part"])
+@pytest.mark.parametrize("leftover", [".step-00000002.partial-99999999", ".last.part"])
 def test_what_a_kill_left_behind_is_written_over(run_of: RunOf, tmp_path: Path, leftover: str) -> None:
     kept = checkpoints(tmp_path)
     run = saved(run_of(), kept, 1)

@@ -5,15 +5,14 @@ their place and renamed, so a half-written one never stands under the name that 
 """
 
 import json
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from luthier.data.examples import Chat, Example, Message, ToolCall
 from luthier.data.sources import BadRow
 from luthier.errors import DataError
+from luthier.files import replacing
 
 __all__ = ["write_messages", "write_quarantine"]
 
@@ -33,21 +32,19 @@ def write_quarantine(bad: Iterable[BadRow], path: Path) -> int:
 
 
 def _write_lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    beside = path.with_name(f"{path.name}.partial")
     num_rows = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # backslashreplace: half of a surrogate pair becomes \udxxx, which is its own escape in a JSON string
-        with open(beside, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+        with (
+            replacing(path) as beside,
+            open(beside, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream,
+        ):
             for row in rows:
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                 num_rows += 1
-        os.replace(beside, path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            beside.unlink()
     return num_rows
 
 

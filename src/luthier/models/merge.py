@@ -32,7 +32,7 @@ from luthier.adapters.inject import targets
 from luthier.adapters.merge import refuse_new_bias
 from luthier.adapters.peft_format import SavedAdapter, read_adapter
 from luthier.errors import AdapterError, ModelError
-from luthier.models.cache import written_whole
+from luthier.files import written_whole
 from luthier.models.certificate import Certificate, certify, fits_in_memory
 from luthier.models.load import DTYPES
 from luthier.models.quiet import quiet

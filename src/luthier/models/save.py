@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from luthier.adapters.inject import adapted_layers
 from luthier.errors import AdapterError, ModelError
-from luthier.models.cache import written_whole
+from luthier.files import written_whole
 from luthier.models.load import DTYPES, Model
 from luthier.models.quiet import quiet
 from luthier.models.stops import generation_config

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from luthier.errors import ModelError
+from luthier.files import replacing
 from luthier.models.cache import cache_folder
 
 __all__ = ["LazyTensor", "read_safetensors", "read_weights", "weights_hash", "write_safetensors", "write_weights"]
@@ -188,10 +190,7 @@ def _digest(file: Path, start: int, end: int) -> str:
 
 def _remember(place: Path, digest: str) -> None:
     """A cache that cannot be written costs time later, nothing else."""
-    beside = place.with_name(f"{place.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(digest)
-        os.replace(beside, place)
-    except OSError:
-        beside.unlink(missing_ok=True)
+        with replacing(place, ending=str(os.getpid())) as beside:
+            beside.write_text(digest)

@@ -6,13 +6,13 @@ its code, so that an edited one is another run.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
 
 from luthier.errors import RecipeError
+from luthier.files import write_whole
 from luthier.recipe.document import Stage, parse_recipe
 
 __all__ = [
@@ -48,14 +48,12 @@ def claim(output: Path, text: str) -> None:
 
     Raises RecipeError.
     """
-    beside = output / f".{_RECIPE}.part"
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not has_trained(output):
             for plan in output.glob("[0-9][0-9]-*/plan.json"):
                 plan.unlink()
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, output / _RECIPE)
+        write_whole(output / _RECIPE, text)
     except OSError as error:
         raise RecipeError(f"output: {output} cannot be written ({error.strerror}); choose another output") from error
 

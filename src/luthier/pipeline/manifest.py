@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from luthier.data.sources import find_files
+from luthier.files import write_whole
 from luthier.recipe.document import Recipe
 from luthier.recipe.training import Pretrain, Training
 
@@ -30,9 +31,7 @@ def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], art
         "data": {name: digest for stage in recipe.stages for name, digest in data_hashes(stage.settings).items()},
         "artifacts": dict(artifacts),
     }
-    beside = folder / ".manifest.json.part"
-    beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, folder / "manifest.json")
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def _hardware() -> dict[str, Any]:

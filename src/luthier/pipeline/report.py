@@ -6,7 +6,6 @@ is not there yet is said. All text passes the template's escaping, and the page 
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from luthier.errors import CheckpointError
+from luthier.files import replacing
 from luthier.pipeline.report_svg import FRAME, Chart, Line, chart, smoothed
 from luthier.recipe.document import Recipe, load_recipe
 from luthier.training.callbacks import Metrics, read_metrics
@@ -88,9 +88,8 @@ def write_report(folder: Path, *, samples: Sequence[Sample] = ()) -> Path:
 
 def _replace(path: Path, text: str) -> Path:
     """Writes the file whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate in a message has no bytes
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate in a message has no bytes
     return path
 
 

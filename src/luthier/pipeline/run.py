@@ -7,12 +7,12 @@ rounded for training), so no adapter ever stands on another.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from luthier.errors import CheckpointError
+from luthier.files import write_whole
 from luthier.models.load import Model, load
 from luthier.models.merge import merge_into
 from luthier.models.sources import resolve
@@ -84,9 +84,7 @@ def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callb
     model = load(source, dtype=stage.settings.dtype)
     _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks)
     _hand_over(stage, model, folder, destination)
-    beside = folder / ".done.json.part"
-    beside.write_text(json.dumps({"data": data}, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, done)
+    write_whole(done, json.dumps({"data": data}, indent=1) + "\n")
     return summary
 
 

@@ -8,7 +8,6 @@ minute.
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from luthier.adapters.peft_format import save_adapter
 from luthier.data.batches import StepPlan, cut
 from luthier.data.prepare import Prepared
 from luthier.errors import RecipeError
+from luthier.files import write_whole
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import FREE_SETTINGS
@@ -130,7 +130,7 @@ def make_run(
 def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
     """What must be equal for a checkpoint to be of this run: all that decides its numbers."""
     hashed_below = {"model", "data", "eval_data"}
-    digest = hashlib.sha256(settings.model_dump_json(exclude=FREE_SETTINGS | hashed_below).encode())
+    digest = hashlib.sha256(settings.model_dump_json(exclude={*FREE_SETTINGS, *hashed_below}).encode())
     digest.update(weights_hash(model.source.folder).encode())
     for part in (prepared.train, prepared.evaluation):
         digest.update(f"{len(part)} sequences".encode())
@@ -153,9 +153,7 @@ def _micro_batch_tokens(word: str, settings: Training, model: Model, prepared: P
     if not planned.fits:
         raise RecipeError(planned.sentence(planner.cheapest_change(settings)))
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / ".plan.json.part"
-    beside.write_text(json.dumps(planned.as_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(planned.as_dict(), indent=1) + "\n")
     return planned.micro_batch_tokens
 
 
@@ -195,5 +193,5 @@ def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summ
         fingerprint=run.checkpoints.fingerprint,
         counts=asdict(prepared.counts),
     )
-    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary

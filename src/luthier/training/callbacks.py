@@ -2,9 +2,10 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Protocol
+
+from luthier.files import write_whole
 
 __all__ = ["Callback", "Metrics", "MetricsFile", "TensorBoard", "read_metrics"]
 
@@ -36,9 +37,7 @@ class MetricsFile:
     def on_start(self, step: int, num_steps: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-        beside = self.path.with_suffix(".part")
-        beside.write_text("".join(map(_line, kept)))
-        os.replace(beside, self.path)
+        write_whole(self.path, "".join(map(_line, kept)))
         self.file = self.path.open("a", encoding="utf-8")
 
     def on_metrics(self, metrics: Metrics) -> None:

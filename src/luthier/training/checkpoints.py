@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier.errors import CheckpointError
+from luthier.files import flush, replacing, written_whole
 from luthier.training.state import Progress, TrainState
 
 __all__ = ["Checkpoints", "load_trained"]
@@ -47,7 +48,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(state, final, best=best)
             self._link(final)
-            _flush(self.folder)
+            flush(self.folder)
             self._prune(final)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
@@ -56,18 +57,12 @@ class Checkpoints:
         return final
 
     def _write(self, state: TrainState, final: Path, *, best: bool) -> None:
-        beside = self.folder / f".{final.name}.part"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
         tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors().items()}
-        save_file(tensors, beside / _TENSORS)
         described = {"progress": state.progress.as_dict(), "fingerprint": self.fingerprint, "best": best}
-        described["sha256"] = _sha256(beside / _TENSORS, described)
-        (beside / _STATE).write_text(json.dumps(described, indent=1))
-        for path in (beside / _TENSORS, beside / _STATE, beside):
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
+        with written_whole(final) as beside:
+            save_file(tensors, beside / _TENSORS)
+            described["sha256"] = _sha256(beside / _TENSORS, described)
+            (beside / _STATE).write_text(json.dumps(described, indent=1))
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint of this run, or None. Raises CheckpointError if it belongs to another run.
@@ -111,10 +106,8 @@ class Checkpoints:
         return True
 
     def _point(self, name: str, target: Path) -> None:
-        link = self.folder / f".{name}.part"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        os.replace(link, self.folder / name)
+        with replacing(self.folder / name) as link:
+            link.symlink_to(target.name)
 
     def _link(self, last: Path) -> None:
         """Sets `last` and `best`: of the checkpoints up to the last that were the best when made, the newest."""
@@ -161,11 +154,3 @@ def _sha256(tensors: Path, described: dict[str, Any]) -> str:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps(described, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
