@@ -49,12 +49,12 @@ def plan(arguments: list[str]) -> dict[str, Any]:
     return said
 
 
-def measured_bytes(arguments: list[str], num_steps: int) -> int:
+def measured_bytes(arguments: list[str]) -> int:
     """The largest resident set of the run, from the kernel's account of the ended process."""
     with tempfile.TemporaryDirectory() as folder:
         run = [sys.executable, "-m", "luthier.cli.main", *arguments, "--output", f"{folder}/run"]
         with Path(os.devnull).open("w") as nowhere:
-            process = subprocess.Popen([*run, "--max-steps", str(num_steps)], stdout=nowhere, stderr=nowhere)
+            process = subprocess.Popen(run, stdout=nowhere, stderr=nowhere)
             _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{' '.join(arguments)} ended with status {status}")
@@ -73,7 +73,8 @@ def main() -> None:
         if options.only and options.only not in name:
             continue
         with_defaults = arguments if "--batch-size" in arguments else [*arguments, "--batch-size", "8"]
-        said, measured = plan(with_defaults), measured_bytes(with_defaults, options.steps)
+        with_defaults = [*with_defaults, "--max-steps", str(options.steps)]
+        said, measured = plan(with_defaults), measured_bytes(with_defaults)
         planned, tensors = said["peak_bytes"], sum(said["parts"][part] for part in TENSORS)
         errors.append(planned / measured - 1)
         sizes = " | ".join(f"{size / 1e9:.2f} GB" for size in (tensors, planned, measured))
