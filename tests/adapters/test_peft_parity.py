@@ -31,7 +31,9 @@ def named_as_ours(theirs: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
 @pytest.mark.parametrize("rs_scaling", [False, True])
 @pytest.mark.parametrize("alpha", [3.0, 32.0])
 def test_logits_and_gradients_equal_pefts(rs_scaling: bool, alpha: float) -> None:
-    """To 1e-5, gradients of the largest: float32 sums of other order."""
+    """To 1e-5, gradients of the largest: float32 sums of other order. PEFT's random B is made a tenth: with alpha 32
+    the whole of it makes a network in which either's roundings grow to 3e-5 of float64's gradients.
+    """
     config = peft.LoraConfig(
         r=4, lora_alpha=alpha, target_modules="all-linear", use_rslora=rs_scaling, init_lora_weights=False
     )
@@ -43,7 +45,7 @@ def test_logits_and_gradients_equal_pefts(rs_scaling: bool, alpha: float) -> Non
     assert own.keys() == expected.keys()
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(expected[name])
+            parameter.copy_(expected[name].mul_(0.1 if name.endswith("lora_B") else 1))
     torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-5)
     for model in (ours, theirs):
         model(input_ids=IDS, labels=IDS).loss.backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels.attention import EXPLICIT_UP_TO, ragged_attention
+from luthier.kernels.attention import BLOCK_QUERIES, ragged_attention
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 SCALE = SIZE**-0.5
@@ -46,12 +46,16 @@ def test_every_path_equals_one_masked_softmax_in_float64(dtype: torch.dtype, win
         torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
 
 
-def test_long_bfloat16_sequences_take_the_fused_kernel_and_agree_as_well() -> None:
-    lengths = (EXPLICIT_UP_TO + 1, EXPLICIT_UP_TO)
+def test_bfloat16_sequences_of_several_blocks_agree_as_well() -> None:
+    lengths = (2 * BLOCK_QUERIES + 40, BLOCK_QUERIES)
     ours = leaves(torch.bfloat16, lengths)
-    expected = plain_attention(*(t.detach().double() for t in ours), lengths, None)
+    exact = [t.detach().double().requires_grad_() for t in ours]
     attended = ragged_attention(*ours, lengths, scale=SCALE)
-    torch.testing.assert_close(attended.double(), expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
+    expected = plain_attention(*exact, lengths, None)
+    attended.double().square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip((attended, *(t.grad for t in ours)), (expected, *(t.grad for t in exact)), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-2 * float(other.detach().abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

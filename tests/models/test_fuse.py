@@ -40,12 +40,13 @@ def test_a_fused_network_has_the_plain_ones_outputs_and_gradients(network: Facto
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_norm_and_gate_is_fused_and_nothing_else(network: Factory, architecture: str) -> None:
+def test_every_norm_gate_and_linear_layer_is_fused_and_nothing_else(network: Factory, architecture: str) -> None:
     """Two layers, each with a gated feed-forward block and its norms, and the final norm."""
     model = network(architecture, **SIZES)
     norms = sum(type(m).__name__.endswith("RMSNorm") for m in model.modules())
     gates = sum(type(m).__name__.endswith("MLP") for m in model.modules())
-    assert fuse(model).fused.total() == norms + gates
+    linears = sum(type(m) is nn.Linear for m in model.modules())
+    assert fuse(model).fused.total() == norms + gates + linears
     assert gates == 2
 
 

@@ -1,22 +1,25 @@
 """Causal attention over sequences that lie end to end in one stream, without a mask and without padding.
 
 Each sequence attends to itself alone, so the work is the sum of the squares of the lengths, not the square of the
-sum. On the CPU short sequences run as explicit matrix products, because PyTorch's fused kernel spends, in bfloat16,
-five times as long in its backward pass; long ones and everything on a GPU use the fused kernel, which never stores
-the scores.
+sum. PyTorch's fused kernel does it, but for bfloat16 on a CPU, where its backward pass is slow: there blocks of queries
+run as plain matrix products, and the backward pass forms their weights a second time. Neither stores the scores.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 __all__ = ["ragged_attention", "window_mask"]
 
-EXPLICIT_UP_TO = 320  # tokens; measured on two AVX-512 cores: 128 tokens 1.2 ms against 3.0, 512 tokens 17 against 18
-EXPLICIT_MULTIPLE = 32  # each size of a product is compiled once and kept: 2 ms and 0.6 MB
+BLOCK_QUERIES = (
+    256  # measured on two AVX-512 cores: 446 tokens 7 ms against the fused kernel's 15, 2,048 tokens 90 to 140
+)
+BLOCK_MULTIPLE = 32  # each size of a product is compiled once and kept: 2 ms and 0.6 MB
 
 
 def ragged_attention(
@@ -29,9 +32,12 @@ def ragged_attention(
     query.
     """
     assert sum(lengths) == query.shape[2], "lengths must add up to the tokens of the stream"
+    if window is None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        attended: Tensor = _BlockAttention.apply(query[0], key[0], value[0], lengths, scale)
+        return attended[None]
     splits = [list(lengths), list(lengths), list(lengths)]
     pieces = [
-        _one(q, k, v, scale, window)
+        _fused(q, k, v, scale, window)
         for q, k, v in zip(*(t.split(s, dim=2) for t, s in zip((query, key, value), splits, strict=True)), strict=True)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
@@ -42,16 +48,9 @@ def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_().triu_(1 - window)
 
 
-def _one(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
     tokens = query.shape[2]
-    if window is not None and window < tokens:
-        return _fused(query, key, value, scale, window_mask(tokens, window, query.device))
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and tokens <= EXPLICIT_UP_TO:
-        return _explicit(query, key, value, scale)
-    return _fused(query, key, value, scale, None)
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    mask = None if window is None or window >= tokens else window_mask(tokens, window, query.device)
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -63,37 +62,76 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
     )
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Made up to a multiple of EXPLICIT_MULTIPLE tokens at the end, which no earlier token sees."""
-    tokens = query.shape[2]
-    end = (0, 0, 0, -tokens % EXPLICIT_MULTIPLE)
-    query, key, value = (torch.nn.functional.pad(t, end) for t in (query, key, value))
-    attended: Tensor = _ExplicitAttention.apply(query, key[0], value[0], scale)
-    return attended[:, :, :tokens]
-
-
-class _ExplicitAttention(Function):
-    """Attention of one short sequence by its definition; query heads that share a key head form one matrix."""
+class _BlockAttention(Function):
+    """Attention of each sequence by its definition, BLOCK_QUERIES at a time. Query heads that share a key head form one
+    matrix: [key heads, query heads per key head * queries, head size].
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        _, heads, tokens, size = query.shape
-        grouped = query.reshape(len(key), -1, size)  # [key heads, query heads per key head * tokens, head size]
-        scores = torch.bmm(grouped, key.transpose(1, 2)).view(heads, tokens, tokens).float().mul_(scale)
-        future = torch.full((tokens, tokens), -torch.inf).triu_(1)
-        weights = torch.softmax(scores.add_(future), dim=-1).to(query.dtype).view(len(key), -1, tokens)
-        ctx.save_for_backward(grouped, key, value, weights)
-        ctx.scale = scale
-        return torch.bmm(weights, value).view(1, heads, tokens, -1)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+        heads, tokens, _ = query.shape
+        attended = query.new_empty(tokens, heads, value.shape[2]).transpose(0, 1)  # as the next layer reads it
+        for sequence in _slices(lengths):
+            q, k, v = (_made_up(t[:, sequence]) for t in (query, key, value))
+            for rows in _blocks(q.shape[1]):
+                _, weights = _attention_weights(q, k, rows, scale)
+                _write(attended[:, sequence][:, rows], torch.bmm(weights, v[:, : rows.stop]))
+        ctx.save_for_backward(query, key, value)
+        ctx.lengths, ctx.scale = lengths, scale
+        return attended
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        grouped, key, value, weights = ctx.saved_tensors
-        grad_grouped = grad.reshape(len(key), -1, value.shape[-1])
-        grad_value = torch.bmm(weights.transpose(1, 2), grad_grouped)
-        grad_weights = torch.bmm(grad_grouped, value.transpose(1, 2)).float()
-        wide = weights.float()
-        along = (grad_weights * wide).sum(-1, keepdim=True)
-        grad_scores = grad_weights.sub_(along).mul_(wide).mul_(ctx.scale).to(weights.dtype)
-        grad_query = torch.bmm(grad_scores, key).view(*grad.shape[:-1], -1)
-        return grad_query, torch.bmm(grad_scores.transpose(1, 2), grouped), grad_value, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        grads = tuple(torch.empty_like(t) for t in (query, key, value))
+        for sequence in _slices(ctx.lengths):
+            pieces = [_made_up(t[:, sequence]) for t in (query, key, value, grad)]
+            _backward_of_one(pieces, ctx.scale, into=[t[:, sequence] for t in grads])
+        return (*grads, None, None)
+
+
+def _backward_of_one(inputs: list[Tensor], scale: float, *, into: list[Tensor]) -> None:
+    """inputs: query, key, value and the gradient of what was attended, of one sequence. into: where theirs go."""
+    q, k, v, grad = inputs
+    grad_q, grad_k, grad_v = into
+    sum_k, sum_v = (torch.zeros(t.shape, device=t.device) for t in (k, v))  # over the blocks, in float32
+    for rows in _blocks(q.shape[1]):
+        scaled, weights = _attention_weights(q, k, rows, scale)
+        seen = slice(0, rows.stop)
+        grouped = grad[:, rows].reshape(len(k), -1, grad.shape[2])
+        grad_weights = torch.bmm(grouped, v[:, seen].transpose(1, 2))
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        _write(grad_q[:, rows], torch.bmm(grad_scores, k[:, seen]).mul_(scale))
+        sum_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), scaled)
+        sum_v[:, seen] += torch.bmm(weights.transpose(1, 2), grouped)
+    grad_k.copy_(sum_k[:, : grad_k.shape[1]])
+    grad_v.copy_(sum_v[:, : grad_v.shape[1]])
+
+
+def _slices(lengths: Sequence[int]) -> list[slice]:
+    return [slice(stop - n, stop) for stop, n in zip(accumulate(lengths), lengths, strict=True)]
+
+
+def _blocks(tokens: int) -> list[slice]:
+    return [slice(i, min(i + BLOCK_QUERIES, tokens)) for i in range(0, tokens, BLOCK_QUERIES)]
+
+
+def _made_up(piece: Tensor) -> Tensor:
+    """[heads, tokens, size] and zeros up to a multiple of BLOCK_MULTIPLE tokens, which no earlier token sees."""
+    return torch.nn.functional.pad(piece, (0, 0, 0, -piece.shape[1] % BLOCK_MULTIPLE))
+
+
+def _write(target: Tensor, grouped: Tensor) -> None:
+    """target: [heads, queries, size], perhaps fewer queries than `grouped` was made up to."""
+    target.copy_(grouped.view(len(target), -1, target.shape[2])[:, : target.shape[1]])
+
+
+def _attention_weights(query: Tensor, key: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
+    """The queries of a block, grouped and scaled, and softmax of their products with the keys up to the block's end."""
+    num_queries = rows.stop - rows.start
+    scaled = query[:, rows].reshape(len(key), -1, query.shape[2]) * scale
+    scores = torch.bmm(scaled, key[:, : rows.stop].transpose(1, 2))
+    later = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query.device).triu_(1)
+    scores.view(len(query), num_queries, -1)[..., rows.start :].masked_fill_(later, -torch.inf)
+    return scaled, torch.softmax(scores, dim=-1)

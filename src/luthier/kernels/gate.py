@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 __all__ = ["GATES", "gated"]
 
@@ -49,6 +50,7 @@ class _Gated(Function):
         return GATES[activation][0](gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         act, act_gradient = GATES[ctx.activation]

@@ -4,7 +4,7 @@ The output layer of a small model is a quarter of its work and nearly all of its
 words are 400 MB of logits, and as much again for each gradient. Here rows are taken in chunks, and what the backward
 pass needs is formed while a chunk's probabilities are at hand. For a frozen output layer that is one vector a row, so
 nothing is computed twice; where the output layer is trained, a chunk's probabilities are formed a second time in the
-backward pass.
+backward pass. Softmax, entropy and gradient of a chunk go over a few rows at a time, which stay in the cache.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from luthier.kernels.linear import linear, product
 
 __all__ = ["HeadOptions", "linear_logprobs", "linear_logprobs_plain"]
 
-CHUNK_BYTES = 48 * 2**20  # of float32 logits; between 16 and 128 MB the speed is flat within 3%
+CHUNK_BYTES = (
+    48 * 2**20
+)  # of float32 logits: with half as many rows, reading the output layer takes a third of the time
+CACHED_BYTES = 2 * 2**20
+ROW_MULTIPLE = 32  # of a chunk: each size of a product is compiled once and kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +62,19 @@ def linear_logprobs(
 
 
 def _chunks(num_rows: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
-    rows = max(16, chunk_bytes // (4 * vocabulary))
-    num_chunks = max(1, -(-num_rows // rows))
-    # equal chunks: a last chunk of three rows would waste the output layer's read
-    rows = max(1, -(-num_rows // num_chunks))
+    """Equal ones, for a last chunk of three rows would waste the read of the output layer."""
+    most = max(ROW_MULTIPLE, chunk_bytes // (4 * vocabulary))
+    num_chunks = max(1, -(-num_rows // most))
+    rows = _round_up(-(-num_rows // num_chunks))
     return [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if options.scale != 1.0:
-        logits = logits.mul_(options.scale)
-    if options.softcap is not None:
-        logits = logits.div_(options.softcap).tanh_().mul_(options.softcap)
-    return logits
+def _round_up(rows: int) -> int:
+    return max(1, -(-rows // ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def _logits_gradient(softmax_minus_target: Tensor, logits: Tensor | None, options: HeadOptions) -> Tensor:
-    """Through the soft cap and the scale, back to the product h W^T, in place.
-
-    d softcap(z) / dz = 1 - (softcap(z) / c)^2
-    """
-    gradient = softmax_minus_target
-    if options.softcap is not None:
-        assert logits is not None
-        gradient = gradient.mul_(1 - (logits / options.softcap).square_())
-    return gradient.mul_(options.scale) if options.scale != 1.0 else gradient
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _LinearLogprobs(Function):
@@ -89,29 +82,22 @@ class _LinearLogprobs(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         entropy = torch.empty_like(logprobs)
         head_is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         pull = torch.empty_like(hidden) if hidden.requires_grad and not head_is_trained else None
         for rows in _chunks(len(hidden), len(weight), options.chunk_bytes):
-            logits = _logits(hidden[rows], weight, bias, options)
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            target = targets[rows, None]
-            logprobs[rows] = (logits.gather(-1, target) - normalizer).squeeze(-1)
-            capped = logits.clone() if options.softcap is not None and pull is not None else None
-            expected = torch.empty_like(normalizer)
-            probabilities = _softmax_with_mean(logits, normalizer, expected)
-            entropy[rows] = (normalizer - expected).squeeze(-1)
+            products = _products(hidden[rows], weight, bias)
+            logprobs[rows], entropy[rows] = _score(products, targets[rows], options, differentiate=pull is not None)
             if pull is not None:  # d logprob / d hidden = (onehot(target) - softmax) W
-                gradient = probabilities.neg_().scatter_add_(-1, target, torch.ones_like(normalizer))
-                torch.mm(_logits_gradient(gradient, capped, options).to(weight.dtype), weight, out=pull[rows])
+                pull[rows] = product(products, weight.T)[: len(targets[rows])]
         ctx.save_for_backward(hidden, weight, bias, targets, pull)
         ctx.options = options
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, pull = ctx.saved_tensors
         if pull is not None:
@@ -119,33 +105,68 @@ class _LinearLogprobs(Function):
         return (*_backward_through_head(ctx, grad_logprobs, hidden, weight, bias, targets), None, None)
 
 
-def _softmax_with_mean(logits: Tensor, normalizer: Tensor, expected: Tensor) -> Tensor:
-    """softmax of logits; writes sum p * logit into `expected`. One spare buffer the size of the chunk."""
-    probabilities = (logits - normalizer).exp_()
-    torch.sum(logits.mul_(probabilities), dim=-1, keepdim=True, out=expected)
-    return probabilities
+def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """h W^T + b, with rows of zeros in the hidden states up to a multiple of ROW_MULTIPLE."""
+    return linear(torch.nn.functional.pad(hidden, (0, 0, 0, _round_up(len(hidden)) - len(hidden))), weight, bias)
+
+
+def _score(products: Tensor, targets: Tensor, options: HeadOptions, *, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the first len(targets) rows. Each row is read once from memory, and where a
+    gradient is wanted written once: `products` then holds d logprob / d product.
+    """
+    logprobs = torch.empty(len(targets), dtype=_wide(products.dtype), device=products.device)
+    entropy = torch.empty_like(logprobs)
+    rows = max(1, CACHED_BYTES // (4 * products.shape[1])) if products.device.type == "cpu" else len(products)
+    for start in range(0, len(targets), rows):
+        few = slice(start, min(start + rows, len(targets)))
+        logits = _logits(products[few], options)
+        target, peak = targets[few, None], logits.amax(-1, keepdim=True)
+        minus_softmax = (logits - peak).exp_()
+        total = minus_softmax.sum(-1, keepdim=True)
+        minus_softmax.div_(-total)
+        normalizer = total.log_().add_(peak)
+        logprobs[few] = (logits.gather(-1, target) - normalizer).squeeze(-1)
+        entropy[few] = (normalizer + (minus_softmax * logits).sum(-1, keepdim=True)).squeeze(-1)
+        if differentiate:
+            gradient = minus_softmax.scatter_add_(-1, target, torch.ones_like(normalizer))
+            products[few] = _logits_gradient(gradient, logits, options)
+    return logprobs, entropy
+
+
+def _logits(products: Tensor, options: HeadOptions) -> Tensor:
+    """In place where the products are wide enough already."""
+    logits = products.to(_wide(products.dtype))
+    if options.scale != 1.0:
+        logits = logits.mul_(options.scale)
+    return logits if options.softcap is None else logits.div_(options.softcap).tanh_().mul_(options.softcap)
+
+
+def _logits_gradient(gradient: Tensor, logits: Tensor, options: HeadOptions) -> Tensor:
+    """Through the soft cap and the scale, back to the product h W^T, in place.
+
+    d softcap(z) / dz = 1 - (softcap(z) / c)^2
+    """
+    if options.softcap is not None:
+        gradient = gradient.mul_(1 - (logits / options.softcap).square_())
+    return gradient.mul_(options.scale) if options.scale != 1.0 else gradient
 
 
 def _backward_through_head(
     ctx: Any, grad_logprobs: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-    grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
-    grad_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if needs_bias else None
+    grad_weight = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if needs_weight else None
+    grad_bias = torch.zeros(len(weight), dtype=_wide(weight.dtype), device=weight.device) if needs_bias else None
     for rows in _chunks(len(hidden), len(weight), ctx.options.chunk_bytes):
-        logits = _logits(hidden[rows], weight, bias, ctx.options)
-        capped = logits.clone() if ctx.options.softcap is not None else None
-        gradient = torch.softmax(logits, dim=-1).neg_()
-        gradient.scatter_add_(-1, targets[rows, None], gradient.new_ones(len(logits), 1))
-        gradient = _logits_gradient(gradient, capped, ctx.options).mul_(grad_logprobs[rows, None])
-        narrow = gradient.to(weight.dtype)
+        products = _products(hidden[rows], weight, bias)
+        _score(products, targets[rows], ctx.options, differentiate=True)
+        gradient = products[: len(targets[rows])].mul_(grad_logprobs[rows, None])
         if grad_hidden is not None:
-            torch.mm(narrow, weight, out=grad_hidden[rows])
+            grad_hidden[rows] = product(gradient, weight.T)
         if grad_weight is not None:
-            grad_weight += narrow.T @ hidden[rows]
+            grad_weight += gradient.T @ hidden[rows]
         if grad_bias is not None:
-            grad_bias += gradient.sum(0)
+            grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
     narrow_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
     return grad_hidden, narrow_weight, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)

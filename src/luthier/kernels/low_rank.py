@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from luthier.kernels.linear import product
 
 __all__ = ["add_low_rank", "add_low_rank_plain"]
 
@@ -31,17 +34,19 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) 
 class _AddLowRank(Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        narrow = x @ a.T.to(x.dtype)
-        ctx.save_for_backward(x, a, b, narrow)
-        ctx.scale = scale
+        a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
+        narrow = product(x, a_cast)
+        ctx.save_for_backward(x, a_cast, b_cast, narrow)
+        ctx.scale, ctx.types = scale, (a.dtype, b.dtype)
         ctx.mark_dirty(output)
-        return output.addmm_(narrow, b.T.to(x.dtype), alpha=scale)
+        return output.addmm_(narrow, b_cast.T, alpha=scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, narrow = ctx.saved_tensors
-        grad_narrow = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
-        grad_b = (grad.T @ narrow).to(b.dtype).mul_(ctx.scale)
-        grad_a = (grad_narrow.T @ x).to(a.dtype)
-        grad_x = grad_narrow @ a.to(grad.dtype) if ctx.needs_input_grad[1] else None
+        grad_narrow = product(grad, b.T).mul_(ctx.scale)
+        grad_b = product(narrow.T, grad.T).T.to(ctx.types[1]).mul_(ctx.scale)
+        grad_a = product(grad_narrow.T, x.T).to(ctx.types[0])
+        grad_x = product(grad_narrow, a.T) if ctx.needs_input_grad[1] else None
         return grad, grad_x, grad_a, grad_b, None

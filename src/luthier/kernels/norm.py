@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 __all__ = ["rms_norm"]
 
@@ -33,6 +34,7 @@ class _RMSNorm(Function):
         return (wide * inverse).mul_(_wide(weight)).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         wide, grad_wide = _wide(x), _wide(grad)

@@ -1,0 +1,67 @@
+"""The fast linear layer is PyTorch's, in value and in gradient, and takes only what its library can do."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from luthier.kernels.linear import SMALLEST_ROWS, linear, product
+
+
+def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """x: [rows, 24], weight: [40, 24], bias: [40]."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((rows, 24), (40, 24), (40,)))
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+
+
+@given(rows=st.integers(1, 70), with_bias=st.booleans())
+def test_values_and_gradients_are_those_of_float64(rows: int, with_bias: bool) -> None:
+    """To 1e-5: sums of at most 70 products of numbers near 1 in float32."""
+    ours = inputs(rows)
+    exact = [t.detach().double().requires_grad_() for t in ours]
+    result = linear(*ours[:2], ours[2] if with_bias else None)
+    expected = torch.nn.functional.linear(*exact[:2], exact[2] if with_bias else None)
+    result.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(ours[: 2 + with_bias], exact, strict=False):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-5 * float(other.grad.abs().max()))
+
+
+def test_leading_dimensions_are_kept() -> None:
+    x, weight, _ = inputs(60)
+    assert torch.equal(linear(x.view(3, 4, 5, 24), weight), linear(x, weight).view(3, 4, 5, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_types_take_pytorchs_own_way_bit_for_bit(dtype: torch.dtype) -> None:
+    x, weight, bias = inputs(64, dtype)
+    assert torch.equal(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(product(x, weight), x @ weight.T)
+
+
+@pytest.mark.parametrize("rows", [SMALLEST_ROWS - 1, SMALLEST_ROWS, 64])
+def test_a_product_may_be_read_along_either_dimension(rows: int) -> None:
+    """As a backward pass needs it: x W^T, g W, and n^T x."""
+    x, weight, _ = (t.detach() for t in inputs(rows))
+    grad = torch.ones(rows, 40)
+    torch.testing.assert_close(product(grad, weight.T), grad @ weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product(x.T, grad.T), x.T @ grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_layer_keeps_no_input_for_the_backward_pass() -> None:
+    x, weight, bias = inputs(32)
+    frozen = linear(x, weight.detach(), bias.detach())
+    assert frozen.grad_fn is not None
+    assert frozen.grad_fn.saved_tensors[0] is None  # type: ignore[attr-defined]
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    x, weight, _ = inputs(32)
+    (first,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
