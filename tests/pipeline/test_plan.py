@@ -38,6 +38,7 @@ def test_the_peak_is_the_sum_of_the_parts_or_the_loading(settings: SFT) -> None:
 
 
 def test_micro_batches_are_halved_until_they_fit(settings: SFT, tmp_path: Path) -> None:
+    settings = settings.model_copy(update={"batch_size": 32})  # several micro-batches of 512 tokens a step
     whole, small = (
         planner(settings, tmp_path).plan(settings.model_copy(update={"micro_batch_tokens": n})) for n in (512, 128)
     )

@@ -17,9 +17,9 @@ from luthier.models.load import Model
 
 __all__ = ["STREAM_MULTIPLE", "Scores", "hidden_states", "score"]
 
-# In bfloat16 a CPU compiles its matrix products for each size that it meets and keeps them, 0.6 MB and 2 ms apiece:
-# 15 steps of differing sizes left 600 MB behind. A GPU's allocator, too, holds what it cannot use again.
-STREAM_MULTIPLE = 64
+# A CPU compiles its matrix products for each size that it meets and keeps them, 0.6 MB and 2 ms apiece, and blocks of
+# ever new sizes leave holes: 15 steps left 600 MB behind. A GPU's allocator, too, holds what it cannot use again.
+STREAM_MULTIPLE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +49,19 @@ def hidden_states(network: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The last hidden states of the stream, [tokens, hidden]."""
     body = network.get_decoder()
     if network.config._attn_implementation == ATTENTION:
-        return _run_stream(network, body, batch)
+        return _run_stream(body, batch)
     pieces = zip(batch.token_ids.split(list(batch.lengths)), batch.positions.split(list(batch.lengths)), strict=True)
     return torch.cat([_run(body, ids, positions, None) for ids, positions in pieces])
 
 
-def _run_stream(network: PreTrainedModel, body: nn.Module, batch: TokenBatch) -> Tensor:
+def _run_stream(body: nn.Module, batch: TokenBatch) -> Tensor:
     """The whole stream at once, made up to a multiple of STREAM_MULTIPLE by one more sequence that nobody looks at."""
-    missing = 0 if _any_length_is_cheap(network) else -batch.num_tokens % STREAM_MULTIPLE
+    missing = -batch.num_tokens % STREAM_MULTIPLE
     if not missing:
         return _run(body, batch.token_ids, batch.positions, batch.lengths)
     token_ids = torch.nn.functional.pad(batch.token_ids, (0, missing))
     positions = torch.cat([batch.positions, torch.arange(missing, device=batch.positions.device)])
     return _run(body, token_ids, positions, (*batch.lengths, missing))[: batch.num_tokens]
-
-
-def _any_length_is_cheap(network: PreTrainedModel) -> bool:
-    device: torch.device = network.device
-    return device.type == "cpu" and network.dtype != torch.bfloat16
 
 
 def _run(body: nn.Module, token_ids: Tensor, positions: Tensor, lengths: tuple[int, ...] | None) -> Tensor:

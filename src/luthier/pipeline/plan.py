@@ -38,11 +38,11 @@ __all__ = [
 FIRST_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # on a CPU matrix products run at their full rate from there on
 SMALLEST_MICRO_BATCH_TOKENS = 64
 
-# Measured with benchmarks/plan.py, over what the tensors take. Blocks that come and go leave holes, fewest where all
-# micro-batches of a step are of one size; glibc before 2.38 cannot use a freed aligned block for the same size again.
-HOLES = {"cpu": {"one micro-batch": 0.2, "several": 0.58}, "cuda": {"one micro-batch": 0.05, "several": 0.05}}
-BESIDE_BYTES = 220 * 10**6  # on the CPU: libraries that training alone imports, and their work space
-COMPILED_PRODUCTS_BYTES = 300 * 10**6  # bfloat16 on a CPU: oneDNN compiles a product for each size and keeps it
+# Measured with benchmarks/plan.py, over what the tensors take. Blocks that come and go leave holes between them, as a
+# share of the activations; glibc before 2.38 cannot use a freed aligned block for the same size again.
+HOLES = {"fp32": {"one micro-batch": 0.0, "several": 0.5}, "bf16": {"one micro-batch": 0.3, "several": 0.3}}
+BESIDE_BYTES = {"fp32": 260 * 10**6, "bf16": 200 * 10**6}  # libraries that training imports, and compiled products
+HOLES_ON_GPU = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class Planner:
         model, footprint = _footprint(self.word, settings, self.model_name, batch)
         process, on_cpu = self.machine.process_bytes, self.machine.device.type == "cpu"
         mapped = sum(file.stat().st_size for file in model.source.folder.glob("*.safetensors"))
-        lost = self._lost_bytes(settings, footprint.activations + footprint.gradients, tokens)
+        lost = self._lost_bytes(settings, footprint, tokens)
         return MemoryPlan(
             micro_batch_tokens=tokens,
             largest_tokens=batch.num_tokens,
@@ -155,14 +155,14 @@ class Planner:
             available_bytes=self.machine.available_bytes,
         )
 
-    def _lost_bytes(self, settings: Training, comes_and_goes: int, tokens: int) -> int:
+    def _lost_bytes(self, settings: Training, footprint: Footprint, tokens: int) -> int:
         """What is held besides tensors while training."""
+        if self.machine.device.type != "cpu":
+            return int(HOLES_ON_GPU * (footprint.activations + footprint.gradients))
         steps = StepPlan(self.prepared.train, settings.batch_size, settings.epochs, settings.seed)
         several = settings.packing and len(cut(steps.step(0), tokens)) > 1
-        lost = HOLES[self.machine.device.type]["several" if several else "one micro-batch"] * comes_and_goes
-        if self.machine.device.type == "cpu":
-            lost += BESIDE_BYTES + (COMPILED_PRODUCTS_BYTES if settings.dtype == "bf16" else 0)
-        return int(lost)
+        holes = HOLES[settings.dtype]["several" if several else "one micro-batch"]
+        return int(BESIDE_BYTES[settings.dtype] + holes * footprint.activations)
 
 
 def plan_stage(
