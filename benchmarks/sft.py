@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,8 @@ CONTENDERS: dict[str, Callable[[str, list[list[TokenSequence]]], dict[str, Any]]
 def matmul_rate(dtype: str) -> float:
     """FLOP a second of the model's own largest product, median of 20, by the faster of PyTorch's way and ours."""
     x, w = torch.randn(1024, 576, dtype=DTYPES[dtype]), torch.randn(1536, 576, dtype=DTYPES[dtype])
-    medians = [
-        statistics.median(_timed([lambda: float(product(x, w)[0, 0]) for _ in range(25)])["seconds"][5:])
-        for product in (torch.nn.functional.linear, linear)
-    ]
+    calls = (partial(torch.nn.functional.linear, x, w), partial(linear, x, w))
+    medians = [statistics.median(_timed([lambda c=c: float(c()[0, 0])] * 25)["seconds"][5:]) for c in calls]
     return 2 * 1024 * 576 * 1536 / min(medians)
 
 

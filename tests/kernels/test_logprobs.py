@@ -11,7 +11,7 @@ from torch import Tensor
 from luthier.kernels.logprobs import HeadOptions, linear_logprobs, linear_logprobs_plain
 
 ROWS, HIDDEN, VOCABULARY = 70, 6, 31
-IN_CHUNKS = HeadOptions(chunk_bytes=4 * VOCABULARY * 20)  # 20 rows of float32 logits, so 70 rows make four chunks
+IN_CHUNKS = HeadOptions(chunk_bytes=4 * VOCABULARY * 20)  # 20 rows of float32 logits, made up to 32: three chunks
 OPTIONS = [replace(IN_CHUNKS, scale=s, softcap=c) for s, c in product((1.0, 0.25), (None, 2.0))]
 
 Head = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -63,6 +63,28 @@ def test_how_rows_are_cut_into_chunks_changes_nothing(frozen: bool) -> None:
     whole = gradients(linear_logprobs, head(), HeadOptions(), frozen=frozen)
     for one, other in zip(cut, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_how_many_rows_stay_in_the_cache_changes_nothing(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gradients(linear_logprobs, head(), IN_CHUNKS, frozen=frozen)
+    monkeypatch.setattr("luthier.kernels.logprobs.CACHED_BYTES", 4 * VOCABULARY * 5)
+    few = gradients(linear_logprobs, head(), IN_CHUNKS, frozen=frozen)
+    for one, other in zip(few, whole, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_float32_head_agrees_with_float64(frozen: bool) -> None:
+    """To 1e-5 of the largest: float32 sums of 31 products."""
+    fused = gradients(linear_logprobs, head(torch.float32), IN_CHUNKS, frozen=frozen)
+    hidden, weight, bias, targets = head(torch.float32)
+    exact = gradients(
+        linear_logprobs_plain, (hidden.double(), weight.double(), bias.double(), targets), IN_CHUNKS, frozen=frozen
+    )
+    for ours, expected in zip(fused, exact, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 def test_a_head_without_bias_equals_a_bias_of_zero() -> None:

@@ -28,6 +28,18 @@ def test_the_update_and_its_gradients_equal_the_formula_in_float64() -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-10)
 
 
+def test_a_wide_float32_update_equals_the_formula_in_float64() -> None:
+    """To 1e-5 of the largest, at sizes that oneDNN takes; a plain sum sends back a gradient that steps by nothing."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((40, 24), (40, 48), (16, 48), (24, 16))
+    ours = [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes]
+    exact = [t.detach().double().requires_grad_() for t in ours]
+    add_low_rank(ours[0] * 1, *ours[1:], SCALE).sum().backward()
+    add_low_rank_plain(*exact, SCALE).sum().backward()
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=0, atol=1e-5 * float(other.grad.abs().max()))
+
+
 def test_gradients_agree_with_finite_differences() -> None:
     inputs = leaves(torch.float64, torch.float64)
     assert torch.autograd.gradcheck(lambda y, *rest: add_low_rank(y * 1, *rest, SCALE), inputs)

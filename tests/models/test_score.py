@@ -1,6 +1,7 @@
 """score() gives transformers' own log-probabilities, losses and gradients, whatever lies beside a sequence."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -75,6 +76,20 @@ def test_scores_equal_transformers_own_logits(network: Factory, name: str) -> No
         expected_entropy.append(-(logprobs.exp() * logprobs).sum(-1))
     torch.testing.assert_close(scores.logprobs, torch.cat(expected_logprobs), rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.entropy, torch.cat(expected_entropy), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_bfloat16_scores_and_gradients_are_near_float32s(network: Factory, name: str) -> None:
+    """Two layers round their inputs, products and sums to 8 bits, 2^-8 each time: 5% of the largest."""
+    exact, rows = tiny(network, name), sequences()
+    exact = exact.bfloat16().float()  # weights that both can hold
+    narrow = deepcopy(exact).bfloat16()
+    expected, found = (score(model, collate(rows)).logprobs for model in (exact, narrow))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.detach().abs().max()))
+    theirs, ours = (gradients(m, -logprobs.mean()) for m, logprobs in ((exact, expected), (narrow, found)))
+    largest = max(float(g.abs().max()) for g in theirs.values())
+    for key, gradient in theirs.items():
+        torch.testing.assert_close(ours[key].float(), gradient, rtol=0, atol=0.05 * largest, msg=key)
 
 
 def padded(rows: list[TokenSequence]) -> dict[str, Tensor]:

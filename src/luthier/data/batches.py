@@ -8,10 +8,11 @@ the same run.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.data.sequences import TokenSequence
@@ -145,5 +146,10 @@ class StepPlan:
     def step(self, index: int) -> list[TokenSequence]:
         """The sequences of step `index`, counted from 0; the same whatever was asked before."""
         epoch, within = divmod(index, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sequences))
+        order = _shuffled(len(self.sequences), self.seed, epoch)
         return [self.sequences[i] for i in order[within * self.batch_size : (within + 1) * self.batch_size]]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(num_sequences: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(num_sequences)

@@ -2,7 +2,8 @@
 
 On a CPU, PyTorch hands float32 products to MKL and bfloat16 ones to oneDNN. oneDNN is as fast in float32 too, and often
 faster: two AVX-512 cores ran a model's products at 200 to 215 GFLOP/s with it and at 150 to 190 with MKL, and a whole
-output layer at 190 instead of 100. So float32 layers go there; everything else takes PyTorch's own way.
+output layer at 190 instead of 100. So float32 products go there, but for those
+of a few rows; everything else takes PyTorch's own way.
 """
 
 from typing import Any
@@ -26,18 +27,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T without a gradient. a: [rows, inner]. b: [columns, inner], dense in either of its dimensions."""
+    """a b^T without a gradient. a: [rows, inner]. b: [columns, inner]."""
     if not _suits_onednn(a, b):
         return a @ b.T
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), None, "none", [], "")
     return result
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Stepping by one along rows or columns; what `sum()` sends backward steps by none."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= SMALLEST_ROWS * x.shape[-1]
+        and bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
     )
 
@@ -55,5 +62,5 @@ class _Linear(Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = product(grad, weight.T) if needs_x else None
-        grad_weight = grad.T @ x if needs_weight else None
+        grad_weight = grad.T @ x if needs_weight else None  # no faster by oneDNN
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None

@@ -63,7 +63,7 @@ def linear_logprobs(
 
 def _chunks(num_rows: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
     """Equal ones, for a last chunk of three rows would waste the read of the output layer."""
-    most = max(ROW_MULTIPLE, chunk_bytes // (4 * vocabulary))
+    most = max(ROW_MULTIPLE, chunk_bytes // (4 * vocabulary) // ROW_MULTIPLE * ROW_MULTIPLE)
     num_chunks = max(1, -(-num_rows // most))
     rows = _round_up(-(-num_rows // num_chunks))
     return [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]

@@ -71,7 +71,7 @@ class FusedGatedMLP(nn.Module):
 
 
 def fuse(network: PreTrainedModel) -> Fusion:
-    """Exchanges what can be proven equal, in place. Names in the state dict stay as they are."""
+    """Exchanges linear layers and what can be proven equal, in place. Names in the state dict stay as they are."""
     fusion = Fusion(Counter(), Counter())
     activation = getattr(network.config.get_text_config(), "hidden_act", None) or getattr(
         network.config.get_text_config(), "hidden_activation", None

@@ -27,7 +27,7 @@ from luthier.models.quiet import quiet
 from luthier.models.sources import ResolvedSource, resolve
 from luthier.models.stops import generation_config
 
-__all__ = ["DTYPES", "Model", "load", "outline"]
+__all__ = ["DTYPES", "Model", "default_device", "load", "outline"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -68,7 +68,7 @@ def load(
 ) -> Model:
     """The model of this name (an alias, a hub id, a folder, a .gguf file), in evaluation mode.
 
-    device: by default where torch puts new tensors.  attention: one of transformers' names; by default Luthier's own.
+    device: by default `default_device()`.  attention: one of transformers' names; by default Luthier's own.
     Raises ModelError if the model cannot be used, NetworkError if it must be fetched and the network is missing.
     """
     source = resolve(name, environment)
@@ -76,7 +76,12 @@ def load(
         config, tokenizer = _described(source)
         network = _network(source, config, dtype=DTYPES[dtype], attention=attention or _own_attention(config))
         network.generation_config = generation_config(config, tokenizer, network.generation_config)
-    return Model(network if device is None else network.to(device), tokenizer, source)
+    return Model(network.to(default_device() if device is None else device), tokenizer, source)
+
+
+def default_device() -> torch.device:
+    """The GPU where torch can use one, else where torch puts new tensors. CUDA_VISIBLE_DEVICES="" hides the GPUs."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
 
 
 def outline(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from luthier.data.batches import StepPlan, TokenBatch, cut
 from luthier.data.prepare import Prepared
-from luthier.models.load import Model, outline
+from luthier.models.load import Model, default_device, outline
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.stages import STAGES
 from luthier.recipe import LoRA
@@ -118,10 +118,10 @@ class Planner:
         """With the micro-batches that the settings name, else with the largest of the usual size and its halves that
         fit.
         """
-        tokens = settings.micro_batch_tokens or FIRST_MICRO_BATCH_TOKENS[self.machine.device.type]
+        tokens = settings.micro_batch_tokens or FIRST_MICRO_BATCH_TOKENS.get(self.machine.device.type, 8192)
         planned = self._plan(settings, tokens)
         while not planned.fits and settings.micro_batch_tokens is None and tokens > self._smallest:
-            tokens //= 2
+            tokens = max(tokens // 2, self._smallest)
             planned = self._plan(settings, tokens)
         return planned
 
@@ -160,7 +160,7 @@ class Planner:
         if self.machine.device.type != "cpu":
             return int(HOLES_ON_GPU * (footprint.activations + footprint.gradients))
         steps = StepPlan(self.prepared.train, settings.batch_size, settings.epochs, settings.seed)
-        several = settings.packing and len(cut(steps.step(0), tokens)) > 1
+        several = settings.packing and any(sum(map(len, steps.step(i))) > tokens for i in range(steps.num_steps))
         holes = HOLES[settings.dtype]["several" if several else "one micro-batch"]
         return int(BESIDE_BYTES[settings.dtype] + holes * footprint.activations)
 
@@ -173,7 +173,7 @@ def plan_stage(
     Raises what preparing its data raises.
     """
     prepared = _prepared(settings, model_name)
-    machine = Machine.here(torch.get_default_device())
+    machine = Machine.here(default_device())
     planner = Planner(
         word, model_name, prepared, replace(machine, available_bytes=limit_bytes or machine.available_bytes)
     )
@@ -182,9 +182,9 @@ def plan_stage(
 
 
 def largest_micro_batch(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> TokenBatch:
-    """The one with the most tokens in the first epoch."""
+    """The one with the most tokens in the whole training."""
     plan = StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
-    steps = (plan.step(i) for i in range(min(plan.num_steps, plan.steps_per_epoch)))
+    steps = (plan.step(i) for i in range(plan.num_steps))
     batches = (b for step in steps for b in cut(step, micro_batch_tokens, packing=settings.packing))
     return max(batches, key=lambda batch: (batch.num_tokens, batch.count("tokens")))
 

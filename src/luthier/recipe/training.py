@@ -79,7 +79,8 @@ class Training(Settings):
     """Sequences (pairs, prompts) that the optimizer sees a step, over all devices and micro-batches."""
 
     micro_batch_tokens: Count | None = None
-    """Tokens in one forward pass; decided from the memory plan where not given. Never changes the result."""
+    """Tokens in one forward pass; decided from the memory plan where not given. Changes no gradient, only
+    what an adapter's dropout draws."""
 
     max_length: Annotated[int, Ge(2)] = 2048
     """The longest sequence, in tokens."""
