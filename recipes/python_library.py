@@ -9,6 +9,7 @@ import argparse
 import importlib
 import inspect
 import json
+import math
 import random
 import sys
 import warnings
@@ -22,6 +23,7 @@ from luthier.cli.run import run_on_screen
 from luthier.data.examples import Chat, Message
 from luthier.models.load import load
 from luthier.pipeline.report import Sample, write_report
+from luthier.pipeline.train import Summary
 from luthier.recipe import load_recipe
 from luthier.rollout.generate import Sampling, answers
 
@@ -106,8 +108,17 @@ def main() -> None:
     console = Console()
     console.print(f"{len(made)} rows from the docstrings of Python {sys.version.split()[0]}, {num_held_out} held out")
     recipe = load_recipe(recipe_file)
-    run_on_screen(recipe)
+    (tuned,) = run_on_screen(recipe)
+    console.print(learned(tuned))
     compare(console, Path(recipe.output), made[:3])
+
+
+def learned(tuned: Summary) -> str:
+    """How well held-out answers are predicted, before and after: perplexity is exp of the loss in nats a token."""
+    if tuned.first_eval_loss is None or tuned.final_eval_loss is None:
+        return "nothing was held out"
+    before, after = math.exp(tuned.first_eval_loss), math.exp(tuned.final_eval_loss)
+    return f"held-out perplexity {before:.2f} -> {after:.2f} ({after / before - 1:+.0%}) in {tuned.seconds:.0f} s"
 
 
 def compare(console: Console, run: Path, held_out: list[dict[str, str]]) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from luthier.cli.progress import Screen, show_summary
 from luthier.pipeline.run import run_recipe
+from luthier.pipeline.train import Summary
 from luthier.recipe.document import Recipe, load_recipe, recipe_schema
 
 __all__ = ["command", "run_on_screen"]
@@ -38,11 +39,12 @@ def _print_schema(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
         ctx.exit()
 
 
-def run_on_screen(recipe: Recipe) -> None:
-    """Runs a recipe and shows it."""
+def run_on_screen(recipe: Recipe) -> list[Summary]:
+    """Runs a recipe and shows it. Returns what each stage did."""
     console = Console()
     titles = [f"{index:02d}-{stage.word}" for index, stage in enumerate(recipe.stages)]
     summaries = run_recipe(recipe, listeners=lambda index, stage: [Screen(console, titles[index])])
     for title, summary in zip(titles, summaries, strict=True):
         show_summary(console, title, summary)
     console.print(f"model: {Path(recipe.output) / 'model'}", markup=False)
+    return summaries
