@@ -49,11 +49,17 @@ def test_a_recipe_killed_at_random_moments_ends_as_the_one_that_was_left_alone(k
 
 
 @pytest.mark.slow
-def test_a_command_killed_twenty_times_ends_as_the_one_that_was_left_alone(kill: Kill) -> None:
-    """Real processes, from their imports on; the kills lie in both stages."""
-    phases = kill("spawn", 20, 0, epochs=8)
+def test_a_recipe_killed_twenty_times_ends_as_the_one_that_was_left_alone(kill: Kill) -> None:
+    """The kills lie in both stages."""
+    phases = kill("fork", 20, 0, epochs=8)
     assert sum(phases.values()) == 20
     assert {"first stage", "second stage"} <= phases.keys()
+
+
+@pytest.mark.slow
+def test_a_command_killed_at_random_moments_ends_as_the_one_that_was_left_alone(kill: Kill) -> None:
+    """Real processes, from their imports on."""
+    assert sum(kill("spawn", 4, 0).values()) == 4
 
 
 @pytest.mark.slow
