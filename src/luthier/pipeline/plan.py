@@ -159,9 +159,11 @@ class Planner:
         """What is held besides tensors while training."""
         if self.machine.device.type != "cpu":
             return int(HOLES_ON_GPU * (footprint.activations + footprint.gradients))
-        steps = StepPlan(self.prepared.train, settings.batch_size, settings.epochs, settings.seed)
-        several = settings.packing and any(sum(map(len, steps.step(i))) > tokens for i in range(steps.num_steps))
-        holes = HOLES[settings.dtype]["several" if several else "one micro-batch"]
+        steps = StepPlan(self.prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
+        num_several = sum(sum(map(len, steps.step(i))) > tokens for i in range(steps.num_steps))
+        several = num_several / steps.num_steps if settings.packing else 0.0
+        one, many = HOLES[settings.dtype].values()
+        holes = one + several * (many - one)
         return int(BESIDE_BYTES[settings.dtype] + holes * footprint.activations)
 
 
