@@ -162,16 +162,21 @@ def test_the_same_adapter_of_two_models_is_two_entries() -> None:
 def test_what_is_dropped_while_it_loads_is_handed_over_and_not_kept(
     forget: Callable[[AdapterCache[str]], None],
 ) -> None:
-    """Who asks after the drop gets what was loaded after it, and the old load's end does not replace it."""
-    gate, files = Gate(lambda: "old"), ["old", "new"]
-    cache = cache_of(lambda model, adapter: gate(model, adapter) if files.pop(0) == "old" else "new")
-    with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(cache.get, MODEL, "a")
-        assert gate.begun.wait(10)
+    """Who asks after the drop gets what is loaded after it, though the old load ends while the new one runs."""
+    old, new = Gate(lambda: "old"), Gate(lambda: "new")
+    gates = [old, new]
+    cache = cache_of(lambda model, adapter: gates.pop(0)(model, adapter))
+    with ThreadPoolExecutor(2) as threads:
+        before = threads.submit(cache.get, MODEL, "a")
+        assert old.begun.wait(10)
         forget(cache)
-        assert cache.get(MODEL, "a") == "new"
-        gate.open.set()
-        assert waiting.result(10) == "old"
+        after = threads.submit(cache.get, MODEL, "a")
+        assert new.begun.wait(10)
+        old.open.set()
+        assert before.result(10) == "old"
+        assert cache.stats.num_adapters == 0
+        new.open.set()
+        assert after.result(10) == "new"
     assert cache.get(MODEL, "a") == "new"
     assert cache.stats == CacheStats(hits=1, misses=2, evictions=0, num_adapters=1, bytes=3)
 
