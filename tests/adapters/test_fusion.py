@@ -111,7 +111,7 @@ def test_no_weights_are_the_average(method: str) -> None:
 
 @WORDS
 def test_a_layer_that_an_adapter_leaves_alone_counts_as_zero_there(method: str) -> None:
-    """The others' weights do not grow for it, and factors of zeros say the same; DARE, whose draws differ, drops none."""
+    """The others' weights do not grow for it; factors of zeros say the same. DARE, whose draws differ, drops none."""
     density = 1.0 if method.startswith("dare") else 0.5
     present, absent, zero = *drawn(0, [3, 3]), {"q": Update(torch.zeros(3, 7), torch.zeros(6, 3), 1.0)}
     fused = fuse([present, {"k": absent["q"]}], [0.5, 0.25], method=method, density=density)
@@ -132,15 +132,15 @@ def test_narrow_factors_are_widened_to_float32(method: str, dtype: torch.dtype) 
 
 
 def test_ties_keeps_the_largest_and_averages_those_of_the_elected_sign() -> None:
-    """Two of four entries stay: [3, 0, -2, 0], [0, 4, 5, 0], [1, 0, -4, 0]; their sums 4, 4, -1, 0 elect + + - +.
+    """Two of four entries stay: [4, 0, -3, 0], [0, 4, 5, 0], [0, -4, -5, 0]; their sums 4, 0, -3, 0 elect + + - +.
 
-    With scales 1, 4, 9 (roots 1, 2, 3): (1*3 + 3*1) / 2 = 3; 2*4 / 1 = 8; (1*-2 + 3*-4) / 2 = -7; nothing, 0.
+    With scales 1, 4, 9 (roots 1, 2, 3): 1*4 / 1 = 4; 2*4 / 1 = 8; (1*-3 + 3*-5) / 2 = -9; of nobody, 0.
     """
-    rows = [[3.0, 1.0, -2.0, 1.0], [3.0, 4.0, 5.0, -1.0], [1.0, 0.5, -4.0, 0.0]]
+    rows = [[4.0, 1.0, -3.0, 1.0], [3.0, 4.0, 5.0, -1.0], [1.0, -4.0, -5.0, 0.0]]
     b = torch.tensor([[1.0], [0.5]])
     adapters = [{"q": Update(torch.tensor([row]), b, scale)} for row, scale in zip(rows, [1.0, 4, 9], strict=True)]
     fused = fuse(adapters, [1.0, 1.0, 1.0], method="ties")["q"]
-    assert fused.a.tolist() == [[3.0, 8.0, -7.0, 0.0]]
+    assert fused.a.tolist() == [[4.0, 8.0, -9.0, 0.0]]
     assert fused.b.tolist() == [[2.0], [0.0]]
 
 
