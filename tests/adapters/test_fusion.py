@@ -103,6 +103,13 @@ def test_a_weight_counts_as_a_factor_of_the_scale(method: str, seed: int, count:
 
 
 @WORDS
+def test_fused_factors_lie_whole_in_memory_as_files_need_them(method: str) -> None:
+    fused = fuse(drawn(0, [3, 3]), None, method=method)["q"]
+    assert fused.a.is_contiguous()
+    assert fused.b.is_contiguous()
+
+
+@WORDS
 def test_no_weights_are_the_average(method: str) -> None:
     adapters = drawn(0, [3, 3, 3])
     one, other = fuse(adapters, None, method=method)["q"], fuse(adapters, [1 / 3] * 3, method=method)["q"]

@@ -55,7 +55,7 @@ def svd(layer: Layer) -> Update:
 
     With B = Q_b R_b and A^T = Q_a R_a of the concatenated factors, B A = Q_b (R_b R_a^T) Q_a^T: the singular values
     are those of a core of at most [sum r_i, sum r_i], and no [out, in] matrix is built. Each factor takes their root.
-    A sum whose rank is below r keeps that rank.
+    Where the sum of ranks or the layer is smaller than r, so is the result's rank.
     """
     whole = concatenate(layer)
     q_b, r_b = torch.linalg.qr(whole.b)
@@ -63,7 +63,7 @@ def svd(layer: Layer) -> Update:
     u, singular, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     r = layer.r or max(len(update.a) for update in layer.updates)
     root = singular[:r].sqrt()
-    return Update((q_a @ v[:r].T * root).T, q_b @ u[:, :r] * root, 1.0)
+    return Update(root[:, None] * (v[:r] @ q_a.T), q_b @ u[:, :r] * root, 1.0)
 
 
 def linear(layer: Layer) -> Update:
