@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.adapters.inject import adapted_layers, adapter_parameters, adapters_off, inject
+from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
 from luthier.adapters.merge import merge_adapters, refuse_new_bias
+from luthier.adapters.switch import adapters_off
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import LoRA
 

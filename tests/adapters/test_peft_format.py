@@ -96,11 +96,10 @@ def test_an_adapter_says_what_it_was_trained_on_and_peft_still_reads_it(
 @pytest.mark.parametrize(
     ("asked", "complaint"),
     [
-        ({"use_dora": True}, "asks for use_dora"),
         ({"target_modules": ".*_proj"}, "asks for target_modules as a pattern"),
-        ({"exclude_modules": ["q_proj"], "bias": "all"}, "asks for exclude_modules, bias"),
-        ({"peft_type": "IA3"}, "type IA3 cannot be read"),
-        ({"r": 0}, "not a LoRA's settings"),
+        ({"exclude_modules": ["q_proj"], "lora_bias": True}, "asks for exclude_modules, lora_bias"),
+        ({"peft_type": "BOFT"}, "type BOFT cannot be read"),
+        ({"r": 0}, "not the settings of a lora"),
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_name(

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import luthier as lt
-from luthier.adapters.inject import adapted_layers, adapters_off
+from luthier.adapters.inject import adapted_layers
+from luthier.adapters.switch import adapters_off
 from luthier.errors import CheckpointError, DataError, RecipeError, TrainingError
 from luthier.pipeline.python import FUNCTIONS
 from luthier.pipeline.report import write_report

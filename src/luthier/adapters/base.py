@@ -1,98 +1,169 @@
-"""What an adapter is, and the layer that carries several of them.
+"""What an adapter is.
 
-An adapter of one linear layer writes two formulas: `forward(x, base)`, where `base` is a callable so that bf16, NF4
-and INT8 weights look alike to it, and `merge(weight, bias)`, which is pure, so that unmerging is keeping the
-original. Everything else (injection, switching, saving, merging a whole model) is written once, against this
-interface. Adapters that do not sit on one linear layer (prefix, prompt, bottleneck) will attach per block or per
-model; those that change their rank while they train will be called once a step through `after_step`.
+Most adapters sit on one linear layer and write two formulas: `forward(x, base)`, where `base` is a callable so that
+bf16, NF4 and INT8 weights look alike to it, and `merge(weight, bias)`, which is pure, so that unmerging is keeping the
+original. Others sit on a sublayer, on an embedding or on the whole decoder, and take what that module takes. Which
+modules a type sits on, `places` says. Everything else (injection, switching, mixing, saving, merging a whole model) is
+written once, against this interface.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from luthier.adapters.targets import Linear, linear_targets
 from luthier.errors import AdapterError
-from luthier.recipe.adapters import AdapterSettings
+from luthier.recipe.adapters import AnyAdapter
 
-__all__ = ["AdaptedLinear", "Adapter", "Base"]
+__all__ = ["Adapter", "PeftForm", "Start", "Step"]
 
-Base = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What start values may be made from.
+
+    generator: belongs to the seed and the place. network: with the weights that the adapter will stand beside.
+    rounding: what quantizing the base will make of a weight, where it is going to be quantized. encode: token ids.
+    """
+
+    generator: torch.Generator
+    network: nn.Module
+    rounding: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[str], list[int]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An optimizer step, counted from 0, of so many, in a run of this seed."""
+
+    index: int
+    num_steps: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeftForm:
+    """How PEFT's adapter_config.json says a type's settings. kind: its peft_type. fields: our name -> PEFT's.
+
+    fixed: what else is written, and must be said by a file for it to be of this type; what is false may be missing.
+    """
+
+    kind: str
+    fields: Mapping[str, str]
+    fixed: Mapping[str, object] = field(default_factory=dict)
 
 
 class Adapter(nn.Module, ABC):
-    """A change to one linear layer. Starts as the identity: a new adapter changes no output."""
+    """A change to one module. Starts as the identity: a new adapter changes no output.
 
-    def __init__(self, linear: nn.Linear, settings: AdapterSettings, *, name: str) -> None:
-        """`name` is the layer's dotted name in the model: errors speak of it, and patterns match it."""
+    `forward(x, base)` on a linear layer, x: [tokens, in] -> [tokens, out]; elsewhere it takes what the module takes,
+    and `base`. What `base` returns is a tensor of its own, which may be written into.
+    """
+
+    peft: ClassVar[PeftForm | None] = None  # None for a type that PEFT does not have
+    file_names: ClassVar[Mapping[str, str]] = {}  # of parameters whose name in PEFT's file is another
+    optional_keys: ClassVar[frozenset[str]] = frozenset()  # what PEFT's file may hold besides
+
+    def __init__(
+        self, place: nn.Module, settings: AnyAdapter, *, name: str, config: PretrainedConfig | None = None
+    ) -> None:
+        """`name` is the module's dotted name in the model: errors speak of it, and patterns match it. config: of the
+        model, for adapters that need more than the module says.
+        """
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.device = linear.weight.device
-        self.settings, self.name = settings, name
+        self.settings: Any = settings
+        self.name, self.config = name, config
+        self._place = (place,)  # in a tuple, so that the module is no part of this one
+        self.device = next((t.device for t in (*place.parameters(), *place.buffers())), torch.device("cpu"))
+        if isinstance(place, Linear):
+            self.in_features, self.out_features = place.in_features, place.out_features
         self.create()
+
+    @property
+    def sees_rows(self) -> bool:
+        """Whether it is called with one row a token, as the adapters of linear layers are."""
+        return isinstance(self.place, Linear)
+
+    @property
+    def place(self) -> Any:
+        """The module of the model that the adapter sits on, without adapters."""
+        return self._place[0]
+
+    def move(self, place: nn.Module) -> None:
+        """Sits on another form of the same module, as quantizing makes one."""
+        self._place = (place,)
+
+    @classmethod
+    def places(cls, network: nn.Module, settings: Any) -> dict[str, nn.Module]:
+        """The modules that the settings put an adapter on, by dotted name: linear layers for most types."""
+        return linear_targets(network, settings.target_modules, settings.layers_to_transform)
 
     @abstractmethod
     def create(self) -> None:
         """Makes the parameters, in float32, under the names that PEFT's files use; `initialize` fills them."""
 
-    @abstractmethod
-    def initialize(self, generator: torch.Generator) -> None:
-        """Fills the parameters from the generator, so that the adapter is the identity."""
+    @classmethod
+    def share(cls, adapters: Sequence[Any], network: nn.Module, stored: Mapping[str, Tensor]) -> None:
+        """Called once for all adapters of this type that are put on a network, to give them what they have in common.
+        stored: the file that they are read from, if any.
+        """
 
     @abstractmethod
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        """x: [tokens, in] -> [tokens, out]. `base(x)` returns a tensor of its own, which may be written into."""
+    def initialize(self, start: Start) -> None:
+        """Fills the parameters, so that the adapter is the identity."""
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight [out, in] and bias [out] of the one linear layer that equals base and adapter together. Pure."""
         raise AdapterError(
-            f"{self.name}: an adapter of type {self.settings.type} cannot be merged; keep it beside the model"
+            f"{self.name}: an adapter of type {self.settings.type} cannot be merged into the weights; keep it beside "
+            "the model and name both (--model, --adapter)"
         )
 
-    def after_step(self, step: int) -> None:
-        """Called once after each optimizer step, for adapters whose rank or importance changes while they train."""
+    def strip(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] that is to be quantized under this adapter. Pure."""
+        return weight
 
+    def parameter(self, name: str, value: Tensor) -> Tensor:
+        """What stands for a parameter of the module, for code that reads it instead of calling the module."""
+        return value
 
-class AdaptedLinear(nn.Module):
-    """A linear layer with any number of named adapters, of which those in `active` apply, one around the other.
+    def key(self, name: str) -> str:
+        """Under which key PEFT's file has a parameter."""
+        return f"base_model.model.{self.name}.{self.file_names.get(name, name)}"
 
-    The base layer keeps its own name and parameters, so that taking the adapters away is putting `base` back.
-    """
+    def saved(self) -> dict[str, Tensor]:
+        """What the adapter's file holds, by key."""
+        return {self.key(name): p.detach() for name, p in self.named_parameters()}
 
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.adapters: nn.ModuleDict = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `saved`."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[self.key(name)])
 
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, for code that looks at a linear layer's type or device."""
-        return self.base.weight
+    @classmethod
+    def peft_words(cls, settings: Any, adapters: Sequence[Any]) -> dict[str, object]:
+        """What PEFT's configuration says besides the settings, or otherwise than they do."""
+        return {}
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base.bias
+    def rate_ratios(self) -> dict[str, float]:
+        """By what the learning rate of a parameter is multiplied, where that is not 1."""
+        return {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
-        if not self.active:
-            result: Tensor = self.base(x)
-            return result
-        apply: Base = self.base
-        for name in self.active:
-            apply = partial(self.adapters[name], base=apply)
-        return apply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    @classmethod
+    def before_step(cls, adapters: Sequence[Any], step: Step) -> None:
+        """Called with all adapters of this type before each step's first forward pass."""
 
-    def merged(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the active adapters merged in; the base stays as it is."""
-        weight: Tensor = self.base.weight
-        bias: Tensor | None = self.base.bias
-        for name in self.active:
-            adapter = self.adapters[name]
-            assert isinstance(adapter, Adapter)
-            weight, bias = adapter.merge(weight, bias)
-        return weight, bias
+    @classmethod
+    def penalty(cls, adapters: Sequence[Any]) -> Tensor | None:
+        """What all adapters of this type add to the loss of a step, once; None for nothing."""
+        return None
+
+    @classmethod
+    def after_step(cls, adapters: Sequence[Any], step: Step) -> None:
+        """Called with all adapters of this type after each optimizer step, while the gradients are there."""

@@ -1,89 +1,114 @@
-"""Adapters put into a model, switched, and taken out again.
+"""Adapters put into a model.
 
-Target names are matched as PEFT matches them: a name in the list fits a layer whose dotted name is it or ends in
-".name". The word `all-linear` means every linear layer of the transformer body; the output layer is not one of them.
-A name that fits nothing is an error that lists the nearest real ones.
+`ADAPTERS` says which class a type's word means. What the settings ask for besides (modules trained whole, biases, new
+tokens) are adapters of their own on other modules, under the same name; so they are switched, saved and merged with it.
 """
 
-import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from luthier.adapters.base import AdaptedLinear, Adapter
+from luthier.adapters.adapted import Adapted, AdaptedLinear
+from luthier.adapters.base import Adapter, Start, Step
+from luthier.adapters.copies import BiasCopy, BitFit, ModuleCopy
+from luthier.adapters.dora import DoRA
 from luthier.adapters.lora import LoRA
+from luthier.adapters.targets import Linear, modules_named, named_places
 from luthier.errors import AdapterError
-from luthier.recipe.adapters import AdapterSettings
+from luthier.recipe.adapters import AnyAdapter
 
-__all__ = ["ADAPTERS", "DEFAULT_NAME", "adapted_layers", "adapter_parameters", "adapters_off", "inject", "targets"]
+__all__ = [
+    "ADAPTERS",
+    "DEFAULT_NAME",
+    "adapted_layers",
+    "adapter_parameters",
+    "after_step",
+    "attach",
+    "before_step",
+    "build",
+    "inject",
+    "penalty",
+    "rate_ratios",
+    "share",
+]
 
-ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA}
+ADAPTERS: dict[str, type[Adapter]] = {"bitfit": BitFit, "dora": DoRA, "lora": LoRA}
 
 DEFAULT_NAME = "default"
 
 
-def targets(network: nn.Module, names: str | tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear layers that `target_modules` names, by dotted name. Raises AdapterError for a name that fits none."""
-    head = network.get_output_embeddings() if isinstance(network, nn.Module) else None  # type: ignore[operator]
-    linears = {name: layer for name, layer in _linears(network) if layer is not head}
-    if isinstance(names, str):
-        return linears
-    chosen: dict[str, nn.Linear] = {}
-    for wanted in names:
-        fitting = {n: m for n, m in linears.items() if n == wanted or n.endswith(f".{wanted}")}
-        if not fitting:
-            raise AdapterError(_unknown_target(wanted, linears))
-        chosen |= fitting
-    return {name: layer for name, layer in linears.items() if name in chosen}
+def build(network: nn.Module, settings: AnyAdapter) -> list[Adapter]:
+    """The adapters that the settings ask for, on no module yet. Raises AdapterError for what does not fit."""
+    config = network.config.get_text_config()  # type: ignore[union-attr,operator]
+    return [kind(module, settings, name=path, config=config) for path, module, kind in _parts(network, settings)]
 
 
-def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in network.named_modules():
-        if isinstance(module, AdaptedLinear):
-            yield name, module.base
-        elif isinstance(module, nn.Linear) and not name.endswith(".base"):
-            yield name, module
+def _parts(network: nn.Module, settings: AnyAdapter) -> Iterator[tuple[str, nn.Module, type[Adapter]]]:
+    kind = ADAPTERS[settings.type]
+    own = kind.places(network, settings)
+    yield from ((path, module, kind) for path, module in own.items())
+    whole = modules_named(network, settings.modules_to_save)
+    if doubly := sorted(own.keys() & whole.keys()):
+        raise AdapterError(f"modules_to_save: {doubly[0]} carries the adapter already; leave it out of one of the two")
+    yield from ((path, module, ModuleCopy) for path, module in whole.items())
+    if settings.type == "bitfit" or getattr(settings, "bias", "none") == "all":
+        for path, module in _other_biases(network, own.keys() | whole.keys()):
+            yield path, module, BitFit if isinstance(module, Linear) else BiasCopy
 
 
-def _unknown_target(wanted: str, linears: dict[str, nn.Linear]) -> str:
-    short = sorted({name.rpartition(".")[2] for name in linears})
-    nearest = difflib.get_close_matches(wanted, short, n=1, cutoff=0.5)
-    hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
-    return f'target_modules: no linear layer is named "{wanted}"; {hint}this model has {", ".join(short)}'
+def _other_biases(network: nn.Module, taken: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    for path, place in named_places(network):
+        module = place.base if isinstance(place, Adapted) else place
+        if path not in taken and isinstance(module._parameters.get("bias"), Tensor):
+            yield path, module
 
 
-def inject(network: nn.Module, settings: AdapterSettings, *, seed: int, name: str = DEFAULT_NAME) -> list[Adapter]:
-    """Puts an adapter on every target layer, active besides those that are. The rest of the network stays as it is.
+def inject(
+    network: nn.Module,
+    settings: AnyAdapter,
+    *,
+    seed: int,
+    name: str = DEFAULT_NAME,
+    rounding: Callable[[Tensor], Tensor] | None = None,
+    encode: Callable[[str], list[int]] | None = None,
+) -> list[Adapter]:
+    """Puts an adapter on every module that the settings mean, active besides those that are. All else stays as it is.
 
-    The start values of a layer depend on the seed and on the layer's name alone, not on the order of injection.
+    The start values of a module depend on the seed and on the module's name alone, not on the order of injection.
+    rounding: what quantizing the base will make of a weight, if that is to follow. encode: for settings with texts.
     Raises AdapterError for unknown targets, a rank above a layer's size, or a name that is taken; the network is then
     left as it was.
     """
-    chosen = targets(network, settings.target_modules)
-    for path, present in adapted_layers(network).items():
-        if path in chosen and name in present.adapters:
-            raise AdapterError(
-                f'{path}: an adapter named "{name}" is there already; choose another name or delete it first'
-            )
-    adapters = [ADAPTERS[settings.type](linear, settings, name=path) for path, linear in chosen.items()]
+    adapters = build(network, settings)
+    share(adapters, network, {})
     for adapter in adapters:
-        adapter.initialize(_generator(seed, adapter.name))
-        layer = _adapted(network, adapter.name)
-        layer.adapters[name] = adapter.train(layer.training)
-        layer.active = (*layer.active, name)
+        adapter.initialize(Start(_generator(seed, adapter.name), network, rounding, encode))
+    attach(network, adapters, name)
     return adapters
 
 
-def _adapted(network: nn.Module, path: str) -> AdaptedLinear:
-    layer = network.get_submodule(path)
-    if isinstance(layer, AdaptedLinear):
-        return layer
-    assert isinstance(layer, nn.Linear)
-    adapted = AdaptedLinear(layer).train(layer.training)
-    network.set_submodule(path, adapted)
-    return adapted
+def attach(network: nn.Module, adapters: Sequence[Adapter], name: str) -> None:
+    """Puts built adapters on their modules, active besides those that are. Raises AdapterError for a name that is
+    taken, with the network as it was.
+    """
+    places = dict(named_places(network))
+    for adapter in adapters:
+        place = places[adapter.name]
+        if isinstance(place, Adapted) and name in place.adapters:
+            raise AdapterError(
+                f'{adapter.name}: an adapter named "{name}" is there already; choose another name or delete it first'
+            )
+    paths = {module: path for path, module in network.named_modules()}
+    for adapter in sorted(adapters, key=lambda adapter: -paths[adapter.place].count(".")):  # inner modules first
+        adapted = places[adapter.name]
+        if not isinstance(adapted, Adapted):
+            kind = AdaptedLinear if adapter.sees_rows else Adapted
+            adapted = kind(adapter.place).train(adapter.place.training)
+            network.set_submodule(paths[adapter.place], adapted)
+        adapted.adapters[name] = adapter.train(adapted.training)
+        adapted.active = (*adapted.active, name)
 
 
 def _generator(seed: int, path: str) -> torch.Generator:
@@ -93,9 +118,9 @@ def _generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def adapted_layers(network: nn.Module) -> dict[str, AdaptedLinear]:
-    """The layers that carry adapters, by the dotted name of the layer they stand for."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, AdaptedLinear)}
+def adapted_layers(network: nn.Module) -> dict[str, Adapted]:
+    """The modules that carry adapters, by the dotted name of the module they stand for."""
+    return {name: module for name, module in named_places(network) if isinstance(module, Adapted)}
 
 
 def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -103,15 +128,38 @@ def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in network.named_parameters() if ".adapters." in n}
 
 
-@contextmanager
-def adapters_off(network: nn.Module) -> Iterator[None]:
-    """The base model, for the time of the context: what a reference model is."""
-    layers = list(adapted_layers(network).values())
-    active = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = ()
-    try:
-        yield
-    finally:
-        for layer, names in zip(layers, active, strict=True):
-            layer.active = names
+def rate_ratios(network: nn.Module) -> dict[str, float]:
+    """By what the learning rate of an adapter's parameter is multiplied, by dotted name, where that is not 1."""
+    adapters = [(path, module) for path, module in network.named_modules() if isinstance(module, Adapter)]
+    found = {f"{path}.{name}": ratio for path, a in adapters for name, ratio in a.rate_ratios().items()}
+    return {name: ratio for name, ratio in found.items() if ratio != 1}
+
+
+def share(adapters: Sequence[Adapter], network: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Gives the adapters of each type what they have in common. stored: the file that they are read from, if any."""
+    for kind, members in _by_kind(adapters):
+        kind.share(members, network, stored)
+
+
+def before_step(adapters: Sequence[Adapter], step: Step) -> None:
+    """Tells every type of adapter that a step begins."""
+    for kind, members in _by_kind(adapters):
+        kind.before_step(members, step)
+
+
+def penalty(adapters: Sequence[Adapter]) -> Tensor | None:
+    """What the adapters add to a step's loss, or None for nothing."""
+    found = [kind.penalty(members) for kind, members in _by_kind(adapters)]
+    terms = [term for term in found if term is not None]
+    return torch.stack(terms).sum() if terms else None
+
+
+def after_step(adapters: Sequence[Adapter], step: Step) -> None:
+    """Tells every type of adapter that the optimizer has stepped."""
+    for kind, members in _by_kind(adapters):
+        kind.after_step(members, step)
+
+
+def _by_kind(adapters: Sequence[Adapter]) -> list[tuple[type[Adapter], list[Adapter]]]:
+    ordered = sorted(adapters, key=lambda adapter: type(adapter).__name__)
+    return [(kind, list(members)) for kind, members in groupby(ordered, key=type)]

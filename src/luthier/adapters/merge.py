@@ -6,6 +6,7 @@ Here a network in memory is merged; the weights of a stored model are merged by 
 import torch
 from torch import Tensor, nn
 
+from luthier.adapters.adapted import Adapted, AdaptedLinear, put_back
 from luthier.adapters.inject import adapted_layers
 from luthier.errors import AdapterError
 
@@ -13,11 +14,11 @@ __all__ = ["merge_adapters", "refuse_new_bias", "remove_adapters"]
 
 
 def merge_adapters(network: nn.Module) -> int:
-    """Writes each layer's active adapters into its weight and puts the plain layer back. Returns how many were
-    merged.
+    """Writes each layer's active adapters into its weight and puts the plain layer back; a quantized layer becomes a
+    dense one. Returns how many were merged.
 
     Raises AdapterError, with the network as it was, if an adapter is switched off: it would be lost. Raises it too at
-    a layer whose adapter cannot be merged; the network then still computes what it did.
+    a module whose adapter cannot be merged; the network then still computes what it did.
     """
     layers = adapted_layers(network)
     for path, layer in layers.items():
@@ -27,13 +28,29 @@ def merge_adapters(network: nn.Module) -> int:
             )
     with torch.no_grad():
         for path, layer in layers.items():
-            weight, bias = layer.merged()
-            refuse_new_bias(path, layer.bias, bias)
-            layer.base.weight.copy_(weight)
-            if bias is not None:
-                layer.base.bias.copy_(bias)
-            network.set_submodule(path, layer.base)
+            _merge(path, layer)
+            put_back(network, [layer])
     return len(layers)
+
+
+def _merge(path: str, layer: Adapted) -> None:
+    weight, bias = layer.merged()
+    before = getattr(layer.base, "bias", None)
+    refuse_new_bias(path, before, bias)
+    if isinstance(layer, AdaptedLinear) and not isinstance(layer.base, nn.Linear):
+        layer.base = _dense(weight, bias)
+        return
+    layer.base.weight.copy_(weight)
+    if bias is not None:
+        layer.base.bias.copy_(bias)
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 def refuse_new_bias(path: str, before: Tensor | None, after: Tensor | None) -> None:
@@ -41,11 +58,10 @@ def refuse_new_bias(path: str, before: Tensor | None, after: Tensor | None) -> N
     if before is None and after is not None:
         raise AdapterError(
             f"{path}: merging gives this layer a bias, and the model's architecture has none there; keep the adapter "
-            "beside the model"
+            "beside the model and name both (--model, --adapter)"
         )
 
 
 def remove_adapters(network: nn.Module) -> None:
-    """Puts the plain layers back, bit for bit as they were before injection."""
-    for path, layer in adapted_layers(network).items():
-        network.set_submodule(path, layer.base)
+    """Puts the plain modules back, bit for bit as they were before injection."""
+    put_back(network, adapted_layers(network).values())

@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from luthier.adapters.inject import adapters_off
 from luthier.adapters.peft_format import load_adapter
+from luthier.adapters.switch import adapters_off
 from luthier.errors import ExportError
 from luthier.models.load import Model, load
 

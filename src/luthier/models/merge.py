@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,10 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from luthier.adapters.inject import targets
+from luthier.adapters.base import Adapter
 from luthier.adapters.merge import refuse_new_bias
 from luthier.adapters.peft_format import SavedAdapter, read_adapter
+from luthier.adapters.targets import linear_targets
 from luthier.errors import AdapterError, ModelError
 from luthier.files import written_whole
 from luthier.models.certificate import Certificate, certify, fits_in_memory
@@ -40,6 +42,7 @@ from luthier.models.save import check_replaceable, write_settings
 from luthier.models.sources import ResolvedSource
 from luthier.models.stops import generation_config
 from luthier.models.weights import LazyTensor, read_weights, write_weights
+from luthier.quant.linear import round_trip
 
 __all__ = ["Merged", "merge_into"]
 
@@ -64,7 +67,7 @@ class Merged:
 class _Layer:
     """A linear layer of the stored model that the adapter changes; `name` is dotted, as the network has it."""
 
-    name: str
+    adapter: Adapter
     weight: LazyTensor
     bias: LazyTensor | None
 
@@ -89,11 +92,14 @@ def merge_into(
     place = Path(destination).expanduser().absolute()
     saved = read_adapter(adapter)
     network = _skeleton(source)
-    _refuse_wrong_base(saved, source, network)
+    adapters = saved.build(network)
+    _refuse_wrong_base(saved, source)
     _refuse_place(place, source, adapter)
     stored = read_weights(source.folder)
-    layers = _layers(source, network, saved, stored)
-    files = _merged(stored, layers, saved, dtype)
+    names = _stored_names(network, [tensor.name for tensors in stored.values() for tensor in tensors])
+    layers = _layers(source, adapters, stored, names)
+    wanted = None if dtype is None else _word(DTYPES[dtype])
+    files = _merged(stored, layers, _Merging(saved, network, wanted, _quantized(network, saved, names)))
     _check_room(place, files)
     try:
         with quiet(), written_whole(place) as beside:
@@ -118,8 +124,7 @@ def _skeleton(source: ResolvedSource) -> PreTrainedModel:
     return network
 
 
-def _refuse_wrong_base(saved: SavedAdapter, source: ResolvedSource, network: PreTrainedModel) -> None:
-    saved.check(network)
+def _refuse_wrong_base(saved: SavedAdapter, source: ResolvedSource) -> None:
     if saved.base_sha256 not in (None, source.weights_hash):
         named = f" ({saved.base_model})" if saved.base_model else ""
         raise AdapterError(
@@ -134,21 +139,29 @@ def _refuse_place(place: Path, source: ResolvedSource, adapter: Path) -> None:
     check_replaceable(place)
 
 
-def _layers(source: ResolvedSource, network: PreTrainedModel, saved: SavedAdapter, stored: Files) -> list[_Layer]:
+def _quantized(network: PreTrainedModel, saved: SavedAdapter, names: Mapping[str, str]) -> frozenset[str]:
+    """The stored names of the weights that were quantized when the adapter was trained."""
+    linears = linear_targets(network, "all-linear") if saved.quantize_base else {}
+    return frozenset(names[f"{path}.weight"] for path in linears if f"{path}.weight" in names)
+
+
+def _layers(source: ResolvedSource, adapters: list[Adapter], stored: Files, names: Mapping[str, str]) -> list[_Layer]:
     by_name = {tensor.name: tensor for tensors in stored.values() for tensor in tensors}
-    places = {name: by_name[place] for name, place in _stored_names(network, by_name).items()}
+    places = {name: by_name[place] for name, place in names.items()}
     layers = []
-    for name, linear in targets(network, saved.settings.target_modules).items():
-        parts = {f"{name}.weight": linear.weight} | ({} if linear.bias is None else {f"{name}.bias": linear.bias})
-        for part, expected in parts.items():
-            found = places.get(part)
+    for adapter in adapters:
+        own = dict(adapter.place.named_parameters(recurse=False))
+        for part, expected in own.items():
+            found = places.get(f"{adapter.name}.{part}")
             if found is None or found.shape != tuple(expected.shape) or found.dtype not in _FLOATS:
                 is_there = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
                 raise ModelError(
-                    f"{source.folder}: {part} shall be merged and is {is_there} in its files, not floats of "
-                    f"{list(expected.shape)}; they are damaged, or keep this layer in a form that cannot be merged"
+                    f"{source.folder}: {adapter.name}.{part} shall be merged and is {is_there} in its files, not "
+                    f"floats of {list(expected.shape)}; they are damaged, or keep it in a form that cannot be merged"
                 )
-        layers.append(_Layer(name, places[f"{name}.weight"], places.get(f"{name}.bias")))
+        if "weight" not in own:
+            adapter.merge(torch.empty(0), None)  # says that it cannot be merged
+        layers.append(_Layer(adapter, places[f"{adapter.name}.weight"], places.get(f"{adapter.name}.bias")))
     return layers
 
 
@@ -165,41 +178,61 @@ def _stored_names(network: PreTrainedModel, stored: Iterable[str]) -> dict[str, 
     return names
 
 
-def _merged(stored: Files, layers: list[_Layer], saved: SavedAdapter, dtype: str | None) -> Files:
+def _merged(stored: Files, layers: list[_Layer], merging: "_Merging") -> Files:
     """The files of the merged model, in the cut of the stored one."""
     owners = {part.name: layer for layer in layers for part in (layer.weight, layer.bias) if part is not None}
-    wanted = None if dtype is None else _word(DTYPES[dtype])
-    return {file: [_rewritten(t, owners, saved, wanted) for t in tensors] for file, tensors in stored.items()}
+    return {file: [merging.rewritten(t, owners.get(t.name)) for t in tensors] for file, tensors in stored.items()}
 
 
-def _rewritten(tensor: LazyTensor, owners: Mapping[str, _Layer], saved: SavedAdapter, wanted: str | None) -> LazyTensor:
-    dtype = wanted if wanted is not None and tensor.dtype in _FLOATS else tensor.dtype
-    layer = owners.get(tensor.name)
-    if layer is None and dtype == tensor.dtype:
-        return tensor
-    values = partial(_values, tensor, dtype) if layer is None else partial(_merge, layer, tensor, saved, dtype)
-    return LazyTensor(tensor.name, dtype, tensor.shape, lambda: _bytes(values().to(_FLOATS[dtype])))
+@dataclass(frozen=True, slots=True)
+class _Merging:
+    """How the tensors of a stored model are rewritten.
+
+    network: the model without memory. wanted: the word of the type in the file; None leaves each tensor's. quantized:
+    the stored tensors that the adapter saw quantized; they are taken as it saw them.
+    """
+
+    saved: SavedAdapter
+    network: PreTrainedModel
+    wanted: str | None
+    quantized: frozenset[str]
+
+    def rewritten(self, tensor: LazyTensor, layer: _Layer | None) -> LazyTensor:
+        """The tensor as the merged model's file has it; nothing is read yet."""
+        dtype = self.wanted if self.wanted is not None and tensor.dtype in _FLOATS else tensor.dtype
+        if layer is None and dtype == tensor.dtype and tensor.name not in self.quantized:
+            return tensor
+        values = partial(self._values, tensor, dtype) if layer is None else partial(self._merge, layer, tensor, dtype)
+        return LazyTensor(tensor.name, dtype, tensor.shape, lambda: _bytes(values().to(_FLOATS[dtype])))
+
+    def _merge(self, layer: _Layer, part: LazyTensor, dtype: str) -> Tensor:
+        """A layer's weight or bias with the adapter in it; a bias costs a second merge, and no memory in between."""
+        weight = _values(layer.weight, dtype)
+        bias = None if layer.bias is None else _values(layer.bias, dtype)
+        with torch.no_grad():
+            adapter = self.saved.on(layer.adapter, _place(layer.adapter.place, weight, bias), self.network)
+            merged_weight, merged_bias = adapter.merge(self._values(layer.weight, dtype, adapter), bias)
+        refuse_new_bias(adapter.name, bias, merged_bias)
+        if part is layer.weight:
+            return merged_weight
+        assert merged_bias is not None
+        return merged_bias
+
+    def _values(self, tensor: LazyTensor, dtype: str, adapter: Adapter | None = None) -> Tensor:
+        values = _values(tensor, dtype)
+        if tensor.name not in self.quantized:
+            return values
+        seen = values.to(DTYPES[self.saved.base_dtype])
+        dense = seen if adapter is None else adapter.strip(seen)
+        return round_trip(dense, str(self.saved.quantize_base)).to(values.dtype)
 
 
-def _merge(layer: _Layer, part: LazyTensor, saved: SavedAdapter, dtype: str) -> Tensor:
-    """A layer's weight or bias with the adapter in it; a bias costs a second merge, and no memory in between."""
-    weight = _values(layer.weight, dtype)
-    bias = None if layer.bias is None else _values(layer.bias, dtype)
-    with torch.no_grad():
-        merged_weight, merged_bias = saved.on(_linear(weight, bias), layer.name).merge(weight, bias)
-    refuse_new_bias(layer.name, bias, merged_bias)
-    if part is layer.weight:
-        return merged_weight
-    assert merged_bias is not None
-    return merged_bias
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
+def _place(outline: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A module as `outline`, which has no memory, with these values."""
+    place = copy(outline)
+    place._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    place._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return place
 
 
 def _values(tensor: LazyTensor, dtype: str) -> Tensor:

@@ -133,7 +133,7 @@ def _saved_adapter(model: Model) -> Iterator[Path]:
 def _only_adapter(network: nn.Module) -> str:
     """The name of the one adapter. Raises AdapterError if there are several, or one that is switched off."""
     layers = adapted_layers(network)
-    names = sorted({name for layer in layers.values() for name in layer.adapters})
+    names: list[str] = sorted({name for layer in layers.values() for name in layer.adapters})
     idle = [path for path, layer in layers.items() if set(layer.active) != set(layer.adapters)]
     if len(names) > 1 or idle:
         state = f"switched off at {idle[0]}" if idle else "several"

@@ -123,7 +123,7 @@ def make_run(
         ),
         eval_batches=cut(prepared.evaluation, micro_batch_tokens) if prepared.evaluation else (),
         callbacks=listeners,
-        after_step=[adapter.after_step for adapter in adapters],
+        adapters=adapters,
     )
 
 

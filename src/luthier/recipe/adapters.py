@@ -4,52 +4,403 @@ A further type is one class here and one more member of `_Any`; recipes, flags, 
 unknown types follow from that. `adapter: lora`, `adapter: {r: 8}` and `adapter: {type: lora, r: 8}` all mean LoRA.
 """
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from annotated_types import Ge, Gt, Lt
-from pydantic import BeforeValidator, Field, ValidationError
+from annotated_types import Ge, Gt, Lt, MinLen
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from luthier.recipe.problems import Problem, Problems, problems_in, unknown
-from luthier.recipe.settings import Count, Names, Settings, branches
+from luthier.recipe.settings import Count, Names, Settings, Word, branches
 
-__all__ = ["ADAPTER_SETTINGS", "AdapterSettings", "LoRA"]
+__all__ = [
+    "ADAPTER_SETTINGS",
+    "IA3",
+    "AdaLoRA",
+    "AdapterSettings",
+    "AnyAdapter",
+    "BitFit",
+    "Bottleneck",
+    "DoRA",
+    "DyLoRA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LowRank",
+    "Prefix",
+    "Prompt",
+    "VeRA",
+]
 
 _DEFAULT_TYPE = "lora"
+_OTHER_WORDS = {  # what people call a type that is a setting of another here
+    "loftq": "it is type: lora with init: loftq, over quantize_base: nf4",
+    "lora+": "it is type: lora with lr_ratio_b: 16",
+    "loraplus": "it is type: lora with lr_ratio_b: 16",
+    "olora": "it is type: lora with init: olora",
+    "p_tuning": "it is type: prompt",
+    "pissa": "it is type: lora with init: pissa",
+    "qlora": "it is type: lora, or any other, over quantize_base: nf4",
+    "rslora": "it is type: lora with rs_scaling: true",
+}
+_Positive = Annotated[float, Gt(0)]
+_Dropout = Annotated[float, Ge(0), Lt(1)]
+
+
+def _compiled(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f'"{pattern}" is no pattern of layer names ({error})') from None
+    return pattern
+
+
+_Pattern = Annotated[Word, AfterValidator(_compiled)]
+
+
+class AnyAdapter(Settings):
+    """What every adapter knows."""
+
+    type: str
+    """Which adapter it is."""
+
+    new_tokens: tuple[Word, ...] = ()
+    """Tokens that are added to the vocabulary; their rows of embedding and output layer alone are trained."""
+
+    modules_to_save: tuple[Word, ...] = ()
+    """Modules that are trained whole besides, by the end of their names (`lm_head`), and saved with the adapter."""
+
+    rate_ratio: ClassVar[float] = 1.0  # by which a stage's usual learning rate is multiplied
+
+
+class _OnLinear(AnyAdapter):
+    """What adapters of linear layers know."""
+
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    """Which linear layers are adapted, by the end of their names; `all-linear` is all but the output layer."""
+
+    layers_to_transform: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)] | None = None
+    """The numbers of the blocks that are adapted, from 0 on; all where not given."""
 
 
 def _customary_alpha(fields: dict[str, Any]) -> float:
     return 16.0 if fields.get("rs_scaling") else 2.0 * fields.get("r", 0)
 
 
-class LoRA(Settings):
+class LowRank(_OnLinear):
+    """What adapters with a rank know."""
+
+    r: Count = 16
+    """The rank of the update."""
+
+    rank_pattern: dict[_Pattern, Count] = Field(default={})
+    """Another rank for some layers, by the end of their names: `down_proj: 32`."""
+
+    alpha_pattern: dict[_Pattern, _Positive] = Field(default={})
+    """Another alpha for some layers, by the end of their names."""
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of a layer, by its dotted name."""
+        return next((r for key, r in self.rank_pattern.items() if _fits(key, layer)), self.r)
+
+
+def _fits(pattern: str, layer: str) -> bool:
+    """As PEFT matches: the pattern is the name's end, after a dot."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", layer) is not None
+
+
+def _alpha_of(settings: Any, layer: str) -> float:
+    alphas: dict[str, float] = settings.alpha_pattern
+    return next((alpha for key, alpha in alphas.items() if _fits(key, layer)), float(settings.alpha))
+
+
+class _LoRALike(LowRank):
+    """What LoRA and DoRA share."""
+
+    dropout: _Dropout = 0.0
+    """The share of the adapter's inputs that is dropped while training."""
+
+    rs_scaling: bool = False
+    """Scales by alpha / sqrt(r) instead of alpha / r, so that high ranks learn as fast (Kalajdzievski 2023)."""
+
+    alpha: _Positive = Field(default_factory=_customary_alpha)
+    """The update's strength; by default 2 r (Biderman et al. 2024), or 16 with rs_scaling, which grows with r."""
+
+    bias: Literal["all", "lora_only", "none"] = "none"
+    """Which biases of the model are trained besides: all, those of the adapted layers, or none."""
+
+    lr_ratio_b: _Positive = 1.0
+    """How many times A's learning rate B learns with; LoRA+ (Hayou et al. 2024) takes 16."""
+
+    def scale_of(self, layer: str) -> float:
+        """alpha / r of a layer, or alpha / sqrt(r)."""
+        r = self.rank_of(layer)
+        return _alpha_of(self, layer) / (r**0.5 if self.rs_scaling else r)
+
+
+class LoRA(_LoRALike):
     """h = W x + (alpha / r) B A x        Hu et al. 2021, section 4.1"""
 
     type: Literal["lora"] = "lora"
     """Low-rank updates beside the frozen weights."""
 
-    r: Count = 16
-    """The rank of the update."""
+    init: Literal["gaussian", "kaiming", "loftq", "olora", "pissa"] = "kaiming"
+    """How A and B start: A random and B zero; the largest singular parts of the weight (pissa) or its QR (olora),
+    taken off the weight; or what quantizing the base took away (loftq)."""
 
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """The share of the adapter's inputs that is dropped while training."""
+    iterations: Count = 5
+    """How often loftq alternates between quantizing and taking the singular parts."""
 
-    target_modules: Literal["all-linear"] | Names = "all-linear"
-    """Which linear layers are adapted, by the end of their names; `all-linear` is all but the output layer."""
 
-    rs_scaling: bool = False
-    """Scales by alpha / sqrt(r) instead of alpha / r, so that high ranks learn as fast (Kalajdzievski 2023)."""
+class DoRA(_LoRALike):
+    """h = m (W + s B A) x / |W + s B A|        Liu et al. 2024, eq. 5"""
 
-    alpha: Annotated[float, Gt(0)] = Field(default_factory=_customary_alpha)
-    """The update's strength; by default 2 r (Biderman et al. 2024), or 16 with rs_scaling, which grows with r."""
+    type: Literal["dora"] = "dora"
+    """Low-rank updates of the weights' directions, and their magnitudes."""
 
     init: Literal["gaussian", "kaiming"] = "kaiming"
     """How A starts: uniform after He et al., or normal with deviation 1 / r. B starts at zero in both."""
 
+    lr_ratio_magnitude: _Positive = 1.0
+    """How many times A's learning rate the magnitudes learn with."""
 
-_Any: TypeAlias = LoRA
 
-ADAPTER_SETTINGS: dict[str, type[Settings]] = {kind.model_fields["type"].default: kind for kind in branches(_Any)}
+class LoHa(LowRank):
+    """h = W x + (alpha / r) (B1 A1 * B2 A2) x        Hyeon-Woo et al. 2021 (FedPara), proposition 1"""
+
+    type: Literal["loha"] = "loha"
+    """Products of two low-rank updates, element by element: rank up to r squared."""
+
+    r: Count = 8
+    """The rank of either factor."""
+
+    alpha: _Positive = Field(default_factory=lambda fields: float(fields.get("r", 0)))
+    """The update's strength; r by default."""
+
+    def scale_of(self, layer: str) -> float:
+        """alpha / r of a layer."""
+        return _alpha_of(self, layer) / self.rank_of(layer)
+
+    rate_ratio: ClassVar[float] = 5.0
+
+
+class LoKr(LowRank):
+    """h = W x + (alpha / r) (C kron B A) x        Yeh et al. 2023 (LyCORIS), section 3.2; Edalati et al. 2022"""
+
+    type: Literal["lokr"] = "lokr"
+    """Kronecker products of a small matrix and a low-rank one."""
+
+    alpha: _Positive = Field(default_factory=lambda fields: float(fields.get("r", 0)))
+    """The update's strength; r by default."""
+
+    decompose_factor: Annotated[int, Ge(2)] | Literal[-1] = -1
+    """The size of the small matrix; -1 makes both factors as equal as the layer's sizes allow."""
+
+    decompose_both: bool = False
+    """Makes the small matrix a low-rank product too."""
+
+    def scale_of(self, layer: str) -> float:
+        """alpha / r of a layer."""
+        return _alpha_of(self, layer) / self.rank_of(layer)
+
+    rate_ratio: ClassVar[float] = 5.0
+
+
+class VeRA(_OnLinear):
+    """h = W x + b * B (d * A x)        Kopiczko et al. 2023, eq. 2"""
+
+    type: Literal["vera"] = "vera"
+    """One frozen random pair for all layers; only two vectors a layer are trained."""
+
+    r: Count = 256
+    """The rank of the shared pair."""
+
+    d_initial: _Positive = 0.1
+    """Where the vector d starts; b starts at zero."""
+
+    dropout: _Dropout = 0.0
+    """The share of the adapter's inputs that is dropped while training."""
+
+    projection_seed: Annotated[int, Ge(0)] = 0
+    """The seed of the shared pair, by which it is made anew instead of being stored."""
+
+    rate_ratio: ClassVar[float] = 25.0
+
+
+class IA3(_OnLinear):
+    """h = l * (W x + b); in feed-forward layers h = W (l * x) + b        Liu et al. 2022, section 3.3"""
+
+    type: Literal["ia3"] = "ia3"
+    """Learned factors on keys, values and the inside of feed-forward blocks."""
+
+    target_modules: Literal["all-linear"] | Names = ("k_proj", "v_proj", "down_proj")
+    """Which linear layers are adapted, by the end of their names; `all-linear` is all but the output layer."""
+
+    feedforward_modules: tuple[Word, ...] = ("down_proj",)
+    """Those of them whose input is scaled instead of their output."""
+
+    rate_ratio: ClassVar[float] = 25.0
+
+
+class AdaLoRA(_OnLinear):
+    """h = W x + (alpha / r) B diag(e) A x, the ranks pruned to a budget        Zhang et al. 2023, eq. 3"""
+
+    type: Literal["adalora"] = "adalora"
+    """Low-rank updates whose ranks go where they matter."""
+
+    target_r: Count = 8
+    """The average rank of a layer at the end."""
+
+    init_r: Count = Field(default_factory=lambda fields: (3 * fields.get("target_r", 0) + 1) // 2)
+    """The rank that every layer starts with; by default one and a half times target_r."""
+
+    alpha: _Positive = Field(default_factory=lambda fields: 2.0 * fields.get("init_r", 0))
+    """The update's strength; 2 init_r by default."""
+
+    dropout: _Dropout = 0.0
+    """The share of the adapter's inputs that is dropped while training."""
+
+    warmup_ratio: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """The share of the steps, at the start, in which all ranks stay."""
+
+    final_ratio: Annotated[float, Ge(0), Lt(1)] = 0.3
+    """The share of the steps, at the end, in which the ranks stay as they have become."""
+
+    prune_every: Count = 5
+    """Steps from one choice of ranks to the next."""
+
+    beta1: Annotated[float, Gt(0), Lt(1)] = 0.85
+    """How much of the mean importance is kept a step."""
+
+    beta2: Annotated[float, Gt(0), Lt(1)] = 0.85
+    """How much of the importance's mean uncertainty is kept a step."""
+
+    orth_reg_weight: Annotated[float, Ge(0)] = 0.5
+    """The weight of |B'B - 1| + |A A' - 1| in the loss, which keeps the factors those of a singular value
+    decomposition."""
+
+    rate_ratio: ClassVar[float] = 10.0
+
+    @model_validator(mode="after")
+    def _leave_steps_between(self) -> Self:
+        found = []
+        if self.target_r > self.init_r:
+            found.append(Problem(("target_r",), f"{self.target_r} is above init_r, {self.init_r}; ranks only shrink"))
+        if self.warmup_ratio + self.final_ratio >= 1:
+            found.append(Problem(("final_ratio",), "with warmup_ratio it leaves no step to choose ranks in"))
+        if found:
+            raise Problems(found)
+        return self
+
+
+class DyLoRA(_OnLinear):
+    """h = W x + (alpha / b) B[:, :b] A[:b] x, b drawn each step        Valipour et al. 2023, eq. 5"""
+
+    type: Literal["dylora"] = "dylora"
+    """One update that serves at every rank from min_r to r."""
+
+    r: Count = 16
+    """The highest rank."""
+
+    min_r: Count = 1
+    """The lowest rank that is trained."""
+
+    alpha: _Positive = Field(default_factory=_customary_alpha)
+    """The update's strength; 2 r by default."""
+
+    dropout: _Dropout = 0.0
+    """The share of the adapter's inputs that is dropped while training."""
+
+    @model_validator(mode="after")
+    def _order_ranks(self) -> Self:
+        if self.min_r > self.r:
+            raise Problems([Problem(("min_r",), f"{self.min_r} is above r, {self.r}; lower it")])
+        return self
+
+
+class Bottleneck(AnyAdapter):
+    """y + s U f(D y), after a sublayer or beside it        Houlsby et al. 2019; Pfeiffer et al. 2020; He et al. 2022"""
+
+    type: Literal["bottleneck"] = "bottleneck"
+    """Small networks with a narrow middle after the sublayers of each block."""
+
+    size: Count = 64
+    """The width of the middle."""
+
+    after: Literal["attention", "both", "feed_forward"] = "both"
+    """After which sublayers: both (Houlsby), or feed_forward alone (Pfeiffer)."""
+
+    parallel: bool = False
+    """Reads the sublayer's input instead of its output (He et al. 2022)."""
+
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    """The non-linearity f."""
+
+    scale: _Positive = 1.0
+    """The strength s."""
+
+    dropout: _Dropout = 0.0
+    """The share of the adapter's inputs that is dropped while training."""
+
+    rate_ratio: ClassVar[float] = 2.5
+
+
+class Prefix(AnyAdapter):
+    """softmax(q [P_k; K]') [P_v; V] in every attention layer        Li and Liang 2021, section 4"""
+
+    type: Literal["prefix"] = "prefix"
+    """Learned keys and values before those of the text, in every layer."""
+
+    num_virtual_tokens: Count = 16
+    """How many there are in each layer."""
+
+    encoder_hidden_size: Count | None = None
+    """Makes them by a two-layer network of this width while training, which is steadier; none trains them as such."""
+
+    rate_ratio: ClassVar[float] = 50.0
+
+
+class Prompt(AnyAdapter):
+    """[P; embed(x)]        Lester et al. 2021, section 2"""
+
+    type: Literal["prompt"] = "prompt"
+    """Learned embeddings before those of the text."""
+
+    num_virtual_tokens: Count = 16
+    """How many there are."""
+
+    init: Literal["random", "text", "vocabulary"] = "vocabulary"
+    """How they start: at random, as the embeddings of init_text, or as those of random tokens."""
+
+    init_text: Word | None = None
+    """The text whose embeddings they start as, repeated or cut to their number."""
+
+    rate_ratio: ClassVar[float] = 150.0
+
+    @model_validator(mode="after")
+    def _name_the_text(self) -> Self:
+        if (self.init == "text") != (self.init_text is not None):
+            mend = "init: text needs one" if self.init == "text" else "it has an effect with init: text alone"
+            raise Problems([Problem(("init_text",), mend)])
+        return self
+
+
+class BitFit(AnyAdapter):
+    """h = W x + b with b trained alone        Ben Zaken et al. 2021"""
+
+    type: Literal["bitfit"] = "bitfit"
+    """Trains biases alone; linear layers that have none get one."""
+
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    """Which linear layers get a bias if they have none, by the end of their names; existing ones are all trained."""
+
+    rate_ratio: ClassVar[float] = 25.0
+
+
+_Any: TypeAlias = LoRA | DoRA | LoHa | LoKr | VeRA | IA3 | AdaLoRA | DyLoRA | Bottleneck | Prefix | Prompt | BitFit
+
+ADAPTER_SETTINGS: dict[str, type[AnyAdapter]] = {kind.model_fields["type"].default: kind for kind in branches(_Any)}
 
 
 def _by_type(value: object) -> object:
@@ -60,7 +411,9 @@ def _by_type(value: object) -> object:
     kind = str(fields.get("type", _DEFAULT_TYPE))
     if kind not in ADAPTER_SETTINGS:
         path = ("type",) if fields is value else ()
-        raise Problems([Problem(path, unknown("type", kind, list(ADAPTER_SETTINGS)))])
+        other = _OTHER_WORDS.get(kind.lower())
+        sentence = f'unknown type "{kind}"; {other}' if other else unknown("type", kind, list(ADAPTER_SETTINGS))
+        raise Problems([Problem(path, sentence)])
     try:
         return ADAPTER_SETTINGS[kind].model_validate(dict(fields))
     except ValidationError as error:

@@ -9,11 +9,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from luthier.adapters.base import Adapter, Step
+from luthier.adapters.inject import after_step, before_step, penalty
 from luthier.data.batches import StepPlan, TokenBatch, cut
 from luthier.errors import TrainingError
 from luthier.objectives.loss import Loss
@@ -46,7 +48,7 @@ class Run:
     checkpoints: Checkpoints | None = None
     eval_batches: Sequence[TokenBatch] = ()
     callbacks: Sequence[Callback] = ()
-    after_step: Sequence[Callable[[int], None]] = field(default=())
+    adapters: Sequence[Adapter] = ()
 
     def cut(self, step: int) -> list[TokenBatch]:
         """The micro-batches of a step, counted from 0."""
@@ -77,14 +79,17 @@ def fit(run: Run) -> Metrics:
 
 def train_step(run: Run) -> Metrics:
     """One optimizer step; counts itself in the state's progress."""
-    started, progress = time.perf_counter(), run.state.progress
+    started, progress, num_steps = time.perf_counter(), run.state.progress, run.plan.num_steps
     micro_batches = run.cut(progress.step)
     torch.manual_seed(_mixed(run.settings.seed, progress.step))  # dropout's draws belong to the step
+    step = Step(progress.step, num_steps, run.settings.seed)
+    before_step(run.adapters, step)
     measured = _add_gradients(run.state.network, micro_batches, run.objective)
-    rate = learning_rate_at(progress.step, run.plan.num_steps, run.settings)
+    measured |= _add_penalty(run.adapters)
+    rate = learning_rate_at(progress.step, num_steps, run.settings)
     measured["grad_norm"] = _optimize(run.state, rate, run.settings.max_grad_norm)
     numbers = _read(measured)
-    _count_or_skip(run, numbers["grad_norm"])
+    _count_or_skip(run, numbers["grad_norm"], step)
     run.state.optimizer.zero_grad(set_to_none=True)  # not before: adapters may look at gradients after a step
     progress.step += 1
     num_tokens = sum(batch.num_tokens for batch in micro_batches)
@@ -124,6 +129,15 @@ def _add_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], obje
     return totals
 
 
+def _add_penalty(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """Adds the gradient of what the adapters add to the loss, once a step and undivided."""
+    added = penalty(adapters)
+    if added is None:
+        return {}
+    added.backward()
+    return {"penalty": added.detach()}
+
+
 def _read(measured: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in measured.items()}
 
@@ -133,19 +147,18 @@ def _optimize(state: TrainState, rate: float, max_grad_norm: float | None) -> Te
     parameters = [p for p in state.trained().values() if p.grad is not None]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_ratio"]
     step_if_finite(state.optimizer, grad_norm)
     state.precision.write_back()
     return grad_norm
 
 
-def _count_or_skip(run: Run, grad_norm: float) -> None:
+def _count_or_skip(run: Run, grad_norm: float, step: Step) -> None:
     """What follows a step that was taken, or one that the optimizer left out."""
     progress = run.state.progress
     if math.isfinite(grad_norm):
         progress.skipped_steps = 0
-        for call in run.after_step:
-            call(progress.step)
+        after_step(run.adapters, step)
         return
     progress.skipped_steps += 1
     logger.warning("step %d: the gradient is %s; the step is left out", progress.step + 1, grad_norm)

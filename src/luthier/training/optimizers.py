@@ -1,14 +1,13 @@
-"""The optimizer of a run: AdamW over two groups of parameters, one that decays and one that does not.
+"""The optimizer of a run: AdamW over groups of parameters that decay or do not, and learn as fast or faster.
 
 It is PyTorch's fused one. It reads and writes each number once (on a CPU 12 times faster than the other), takes no
 memory besides its moments, and can leave a step out on the device, without the program waiting for the gradient.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
+from luthier.adapters.inject import rate_ratios
 from luthier.recipe.training import Training
 from luthier.training.precision import Precision, is_narrow
 
@@ -33,20 +32,20 @@ def make_optimizer(network: nn.Module, settings: Training, precision: Precision 
     """AdamW (Loshchilov and Hutter 2019, algorithm 2) over the trained parameters, in the order of their names'
     appearance.
 
-    precision: has the masters of those that are narrow.
+    precision: has the masters of those that are narrow. A group's `rate_ratio` is by what its learning rate is
+    multiplied.
     """
     parameters = dict(network.named_parameters())
     masters = precision or Precision()
-    groups: Mapping[bool, list[nn.Parameter]] = {True: [], False: []}
+    ratios, groups = rate_ratios(network), dict[tuple[bool, float], list[nn.Parameter]]()
     for name, decay in decays(network).items():
         master = masters.master(parameters[name])
         assert not is_narrow(master), f"{name} is {master.dtype} and has no master; its small updates would be lost"
-        groups[decay].append(master)
+        groups.setdefault((decay, ratios.get(name, 1.0)), []).append(master)
     return torch.optim.AdamW(
         [
-            {"params": members, "weight_decay": settings.weight_decay if decay else 0.0}
-            for decay, members in groups.items()
-            if members
+            {"params": members, "weight_decay": settings.weight_decay if decay else 0.0, "rate_ratio": ratio}
+            for (decay, ratio), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
         ],
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),

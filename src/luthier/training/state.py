@@ -46,13 +46,23 @@ class TrainState:
         return {name: self.precision.master(p) for name, p in self.network.named_parameters() if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The trained parameters and the optimizer's state of each, under `parameter/NAME` and `optimizer/KEY/NAME`."""
+        """The trained parameters and the optimizer's state of each, under `parameter/NAME` and `optimizer/KEY/NAME`;
+        what adapters keep besides, under `buffer/NAME`.
+        """
         kept: dict[str, Tensor] = {}
         for name, parameter in self.trained().items():
             kept[f"parameter/{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 kept[f"optimizer/{key}/{name}"] = value
+        for name, value in self._adapters_own().items():
+            kept[f"buffer/{name}"] = value
         return kept
+
+    def _adapters_own(self) -> dict[str, Tensor]:
+        """What adapters keep from step to step besides parameters."""
+        stored = self.network.state_dict(keep_vars=True)
+        buffers = dict(self.network.named_buffers())
+        return {name: value for name, value in stored.items() if ".adapters." in name and name in buffers}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
@@ -60,6 +70,8 @@ class TrainState:
         by_name = self.trained()
         for name, parameter in by_name.items():
             parameter.copy_(tensors[f"parameter/{name}"])
+        for name, value in self._adapters_own().items():
+            value.copy_(tensors[f"buffer/{name}"])
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, slot, name = key.split("/", 2)

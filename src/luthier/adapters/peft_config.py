@@ -1,0 +1,111 @@
+"""The settings of an adapter as PEFT's adapter_config.json says them, and back.
+
+Each type says in `Adapter.peft` which of its settings PEFT has and under which name. Settings that PEFT does not have
+are kept beside: in the metadata of the weights' file for a type that PEFT knows, since PEFT warns of unknown words in
+the configuration, else in the configuration itself. A file that asks for what this package does not have is refused by
+name, because an adapter that is read in part is another adapter.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier.adapters.base import PeftForm
+from luthier.adapters.inject import ADAPTERS
+from luthier.errors import AdapterError, RecipeError
+from luthier.recipe.adapters import ADAPTER_SETTINGS, AnyAdapter
+from luthier.recipe.settings import settings_from
+
+__all__ = ["OWN_FIELD", "settings_of_config", "words_of_config"]
+
+OWN_FIELD = "luthier"
+
+_HARMLESS = {  # words of PEFT's that change nothing of what a saved adapter computes
+    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "megatron_core"),
+    *("megatron_config", "module_dropout", "peft_type", "peft_version", "qalora_group_size", "rank_dropout"),
+    *("rank_dropout_scale", "revision", "runtime_config", "task_type", "init_weights", "init_lora_weights"),
+    *("init_ia3_weights", "loftq_config", "eva_config", "corda_config", "layers_pattern", "projection_prng_key"),
+}
+
+
+def words_of_config(settings: AnyAdapter, base_model: str, extra: Mapping[str, object]) -> dict[str, Any]:
+    """What adapter_config.json says. extra: words that the type adds, or says otherwise."""
+    form = ADAPTERS[settings.type].peft
+    shared = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM"}
+    if form is None:
+        kind = f"LUTHIER_{settings.type.upper()}"
+        return {**shared, "peft_type": kind, OWN_FIELD: settings.model_dump(mode="json"), **extra}
+    said = {theirs: _as_json(getattr(settings, ours)) for ours, theirs in form.fields.items()}
+    return {**shared, "peft_type": form.kind, **form.fixed, **said, **extra}
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(value) or None
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, Any] | None) -> AnyAdapter:
+    """The settings that a configuration means. own: what was kept beside, which says more; it counts as long as it says
+    the same, for the configuration may have been edited.
+
+    Raises AdapterError for a type or a word that cannot be read.
+    """
+    if OWN_FIELD in config:
+        return _made(path, str(config[OWN_FIELD].get("type")), config[OWN_FIELD])
+    if own is not None:
+        settings = _made(path, str(own.get("type")), own)
+        names = config.get("target_modules")
+        if _says_the_same(config, settings) and not isinstance(names, str):
+            return settings if names is None else settings.model_copy(update={"target_modules": tuple(names)})
+    word, form = _type_of(path, config)
+    known = {*form.fields.values(), *form.fixed, *_HARMLESS}
+    if asked := sorted(name for name, value in config.items() if value and name not in known):
+        raise AdapterError(
+            f"{path.parent}: asks for {', '.join(asked)}, which cannot be read; merge it with PEFT first"
+        )
+    given = {ours: config[theirs] for ours, theirs in form.fields.items() if config.get(theirs) is not None}
+    missing = [f for f in form.fields.values() if f not in config and f in ("r", "lora_alpha", "target_modules")]
+    if missing:
+        raise AdapterError(f"{path}: does not say {missing[0]}; save the adapter again")
+    names = given.get("target_modules")
+    if isinstance(names, str) and names != "all-linear":
+        raise AdapterError(f"{path.parent}: asks for target_modules as a pattern, which cannot be read; list the names")
+    return _made(path, word, {"type": word, **given})
+
+
+def _says_the_same(config: Mapping[str, Any], settings: AnyAdapter) -> bool:
+    """Whether this configuration is the one written for the settings; which layers are meant is written otherwise."""
+    extra = ADAPTERS[settings.type].peft_words(settings, ())
+    written = words_of_config(settings, "", extra)
+    free = {"base_model_name_or_path", "target_modules"}
+    said = {name for name, value in config.items() if value and name not in _HARMLESS}
+    return said <= written.keys() and all(config.get(n) == value for n, value in written.items() if n not in free)
+
+
+def _type_of(path: Path, config: Mapping[str, Any]) -> tuple[str, PeftForm]:
+    kind = config.get("peft_type")
+    forms = {word: cls.peft for word, cls in ADAPTERS.items() if cls.peft is not None and cls.peft.kind == kind}
+    if not forms:
+        readable = sorted({cls.peft.kind for cls in ADAPTERS.values() if cls.peft})
+        raise AdapterError(f"{path.parent}: adapters of type {kind} cannot be read; {', '.join(readable)} can")
+    for word, form in forms.items():
+        if all((config.get(name) or False) == value for name, value in form.fixed.items()):
+            return word, form
+    asked = sorted({n for form in forms.values() for n, v in form.fixed.items() if (config.get(n) or False) != v})
+    raise _refusal(path, asked)
+
+
+def _refusal(path: Path, asked: list[str]) -> AdapterError:
+    return AdapterError(f"{path.parent}: asks for {', '.join(asked)}, which cannot be read; merge it with PEFT first")
+
+
+def _made(path: Path, word: str, values: Mapping[str, Any]) -> AnyAdapter:
+    if word not in ADAPTER_SETTINGS:
+        raise AdapterError(
+            f"{path}: holds an adapter of type {word}, which is not known; use the version that wrote it"
+        )
+    try:
+        return settings_from(ADAPTER_SETTINGS[word], values)
+    except RecipeError as error:
+        raise AdapterError(f"{path}: not the settings of a {word} ({error}); save the adapter again") from error

@@ -1,0 +1,95 @@
+"""Which modules of a model an adapter is put on.
+
+Names are matched as PEFT matches them: a name in the list fits a module whose dotted name is it or ends in ".name". The
+word `all-linear` means every linear layer of the transformer body; the output layer is not one of them. A name that
+fits nothing is an error that lists the nearest real ones. Names are those of the model without adapters, however many
+it carries.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from luthier.adapters.adapted import bare
+from luthier.errors import AdapterError
+
+__all__ = ["Linear", "decoder_blocks", "linear_targets", "modules_named", "named_places"]
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.|$)")
+
+
+@runtime_checkable
+class Linear(Protocol):
+    """A linear layer, dense or quantized."""
+
+    in_features: int
+    out_features: int
+
+
+def named_places(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of the model by their names without adapters; where adapters sit, the module that carries them."""
+    yield from _walk(network, "")
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
+    for child_name, child in bare(module).named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name)
+
+
+def linear_targets(
+    network: nn.Module, names: str | Sequence[str], layers: Sequence[int] | None = None
+) -> dict[str, nn.Module]:
+    """The linear layers that `target_modules` names, within these blocks, by dotted name; dense or quantized ones.
+
+    Raises AdapterError for a name that fits none, and for a block that is not there.
+    """
+    head = network.get_output_embeddings()  # type: ignore[operator]
+    places = ((name, bare(module)) for name, module in named_places(network) if module is not head)
+    linears: dict[str, nn.Module] = {name: module for name, module in places if isinstance(module, Linear)}
+    chosen = linears if isinstance(names, str) else _named(linears, names)
+    return chosen if layers is None else _within(chosen, layers)
+
+
+def modules_named(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules of any kind by the ends of their names. Raises AdapterError for a name that fits none."""
+    return _named({name: bare(module) for name, module in named_places(network) if name}, names)
+
+
+def _named(modules: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
+    chosen: set[str] = set()
+    for wanted in names:
+        fitting = {name for name in modules if name == wanted or name.endswith(f".{wanted}")}
+        if not fitting:
+            raise AdapterError(_unknown(wanted, modules))
+        chosen |= fitting
+    return {name: module for name, module in modules.items() if name in chosen}
+
+
+def _unknown(wanted: str, modules: Mapping[str, nn.Module]) -> str:
+    short = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()})
+    nearest = difflib.get_close_matches(wanted, short, n=1, cutoff=0.5)
+    hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
+    kind = "linear layer" if all(isinstance(module, Linear) for module in modules.values()) else "module"
+    return f'target_modules: no {kind} is named "{wanted}"; {hint}this model has {", ".join(short)}'
+
+
+def _within(chosen: Mapping[str, nn.Module], layers: Sequence[int]) -> dict[str, nn.Module]:
+    numbers = {name: int(found[1]) for name in chosen if (found := _BLOCK.search(name))}
+    if missing := sorted(set(layers) - set(numbers.values())):
+        last = max(numbers.values(), default=-1)
+        raise AdapterError(f"layers_to_transform: there is no block {missing[0]}; this model has 0 to {last}")
+    return {name: module for name, module in chosen.items() if numbers.get(name) in layers}
+
+
+def decoder_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The model's repeated blocks, in order, by dotted name."""
+    blocks = {}
+    for name, module in named_places(network):
+        found = _BLOCK.search(name)
+        if found and name.endswith(f".{found[1]}"):
+            blocks[name] = bare(module)
+    return blocks
