@@ -71,7 +71,7 @@ def test_codes_and_scales_of_any_size_are_those_of_bitsandbytes(
 
 
 def test_levels_are_quantiles_of_the_normal_distribution() -> None:
-    """Outermost at 1 - (1/32 + 1/30) / 4, the mean of what 16 and 15 levels ask for; to 2e-7, two float32 roundings."""
+    """Outermost at 1 - (1/32 + 1/30) / 2, the mean of what 16 and 15 levels ask for; to 2e-7, two float32 roundings."""
     outermost = 1 - (1 / 32 + 1 / 30) / 2
     upper = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float64))
     lower = torch.special.ndtri(torch.linspace(outermost, 0.5, 8, dtype=torch.float64))

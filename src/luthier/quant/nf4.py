@@ -91,8 +91,8 @@ def compress_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scales less their mean in blocks of 256, each the dynamic map's nearest value times the block's absmax.
 
     scales: float32 [blocks]. Returns scale_codes, absmax and offset as `NF4` has them. Nearest is meant up to a grid
-    of 65,536 steps from -1 to 1, as bitsandbytes' CPU library does it; its GPU kernels need no grid, and choose another
-    code for 0.15% of the scales, whose values are then equally near to within a step.
+    of 65,536 values from -1 to 1, as bitsandbytes' CPU library means it. Without the grid 0.15% of normal numbers would
+    get another code, whose value is nearer by a step of the grid at most.
     """
     offset = scales.mean()
     blocks = _whole(scales - offset, SCALES_BLOCK)
