@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.errors import RecipeError
-from luthier.recipe import load_recipe, parse_recipe
+from luthier.recipe import LoRA, load_recipe, parse_recipe
 
 SFT = "stages:\n  - sft:\n      data: qa.jsonl\n"
-KNOWN_LORA = "type, r, dropout, target_modules, rs_scaling, alpha, init"
+KNOWN_LORA = ", ".join(LoRA.model_fields)
 
 BAD = {  # the recipe, and the one complaint about it
     "field": (
@@ -41,7 +41,7 @@ BAD = {  # the recipe, and the one complaint about it
         SFT + "      adapter:\n        type: lroa",
         '5: stages[0].sft.adapter.type: unknown type; did you mean "lora"?',
     ),
-    "adapter_word": (SFT + "      adapter: dora", '4: stages[0].sft.adapter: unknown type; did you mean "lora"?'),
+    "adapter_word": (SFT + "      adapter: dorra", '4: stages[0].sft.adapter: unknown type; did you mean "dora"?'),
     "adapter_number": (
         SFT + "      adapter: 3",
         "4: stages[0].sft.adapter: expected settings (name: value), got 3",

@@ -3,7 +3,7 @@
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.recipe import SFT, STAGE_SETTINGS, LoRA, flags_of, parse_recipe, settings_from_flags
+from luthier.recipe import ADAPTER_SETTINGS, SFT, STAGE_SETTINGS, LoRA, flags_of, parse_recipe, settings_from_flags
 from luthier.recipe.training import Training
 
 each_stage = pytest.mark.parametrize("settings", STAGE_SETTINGS.values())
@@ -31,7 +31,7 @@ def test_flags_are_named_by_dashes_and_dots() -> None:
 
 
 def test_flags_know_their_words_defaults_and_number() -> None:
-    assert FLAGS["--adapter"].choices == ("lora", "none")
+    assert FLAGS["--adapter"].choices == (*ADAPTER_SETTINGS, "none")
     assert FLAGS["--report-to"].choices == ("tensorboard",)
     assert FLAGS["--eval-every"].choices == ()
     assert FLAGS["--data"].required
@@ -41,11 +41,12 @@ def test_flags_know_their_words_defaults_and_number() -> None:
         16,
         None,
     )
-    assert {name for name, flag in FLAGS.items() if flag.multiple} == {
+    several = {name for name, flag in FLAGS.items() if flag.multiple}
+    assert several >= {"--adapter.target-modules", "--adapter.rank-pattern", "--adapter.layers-to-transform"}
+    assert {name for name in several if not name.startswith("--adapter")} == {
         "--data",
         "--eval-data",
         "--columns",
-        "--adapter.target-modules",
         "--freeze",
         "--report-to",
     }

@@ -5,7 +5,18 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.recipe import SFT, LoRA, Pretrain, Recipe, Stage, dump_recipe, flags_of, parse_recipe, settings_from_flags
+from luthier.recipe import (
+    ADAPTER_SETTINGS,
+    SFT,
+    LoRA,
+    Pretrain,
+    Recipe,
+    Stage,
+    dump_recipe,
+    flags_of,
+    parse_recipe,
+    settings_from_flags,
+)
 from luthier.recipe.training import Training
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
@@ -16,15 +27,18 @@ paths = words.filter(lambda word: word != "none")
 names = st.lists(paths, min_size=2, max_size=3).map(tuple)
 counts = st.integers(1, 10**6)
 rates = st.floats(1e-12, 1e12)
-adapters = st.none() | st.builds(
+loras = st.builds(
     LoRA,
     r=counts,
     dropout=st.floats(0, 0.99),
     target_modules=st.just("all-linear") | names,
     rs_scaling=st.booleans(),
     alpha=rates,
-    init=st.sampled_from(["kaiming", "gaussian"]),
+    init=st.sampled_from(["kaiming", "gaussian", "pissa"]),
+    rank_pattern=st.dictionaries(st.sampled_from(["q_proj", "mlp.up_proj"]), counts, max_size=2),
+    layers_to_transform=st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=3).map(tuple),
 )
+adapters = st.none() | loras | st.sampled_from([kind() for kind in ADAPTER_SETTINGS.values()])
 shared: dict[str, Any] = {
     "data": paths | names,
     "eval_data": st.none() | paths | names,
@@ -55,6 +69,7 @@ recipes = st.builds(
     stages=st.lists(stages, min_size=1, max_size=3).map(tuple),
 )
 unhurried = settings(deadline=None)
+NOT_OF_THIS_TYPE = object()  # a flag that another type of adapter has
 
 
 @unhurried
@@ -82,7 +97,9 @@ def as_flags(said: Training) -> dict[str, object]:
     for flag in flags_of(type(said)):
         value: Any = said
         for step in flag.path:
-            value = getattr(value, step, None)
+            value = getattr(value, step, NOT_OF_THIS_TYPE)
+        if value is NOT_OF_THIS_TYPE:
+            continue
         if flag.path == ("adapter",) and value is not None:
             typed[flag.name] = value.type
         elif flag.path[0] != "adapter" or said.adapter is not None or flag.path == ("adapter",):

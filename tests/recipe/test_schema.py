@@ -25,7 +25,7 @@ BAD = [
     "stages: [{sft: {data: a, learning_rte: 1}}]",
     "stages: [{sft: {data: a, epochs: 0}}]",
     "stages: [{sft: {data: a, eval_every: epochs}}]",
-    "stages: [{sft: {data: a, adapter: dora}}]",
+    "stages: [{sft: {data: a, adapter: dorra}}]",
     "stages: [{sft: {data: a, adapter: {r: x}}}]",
     "stages: [{sft: {data: a, model: b}}]",
     "stages: [{pretrain: {data: a, mix: {b: 2}}}]",

@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from luthier.adapters.base import Adapter, Step
+from luthier.adapters.lora import LoRA
 from luthier.data.batches import TokenBatch, collate, cut
 from luthier.data.sequences import TokenSequence
 from luthier.errors import TrainingError
@@ -14,6 +17,7 @@ from luthier.models.score import score
 from luthier.models.trainable import checkpoint_layers
 from luthier.objectives.language import language_modelling
 from luthier.objectives.loss import Loss
+from luthier.recipe.adapters import LoRA as Settings
 from luthier.training.callbacks import Metrics
 from luthier.training.loop import Run, evaluate_loss, fit, step_gradients, train_step
 
@@ -224,12 +228,40 @@ def test_callbacks_hear_of_every_step_and_evaluation_in_order(run_of: RunOf, row
     ]
 
 
-def test_adapters_are_called_after_each_step_that_is_taken(run_of: RunOf) -> None:
-    called: list[int] = []
-    run = run_of(after_step=[called.append])
+def test_adapters_are_called_around_each_step_that_is_taken(run_of: RunOf) -> None:
+    class Listening(LoRA):
+        before: ClassVar[list[Step]] = []
+        after: ClassVar[list[int]] = []
+
+        @classmethod
+        def before_step(cls, adapters: Sequence[Adapter], step: Step) -> None:
+            cls.before.append(step)
+
+        @classmethod
+        def after_step(cls, adapters: Sequence[Adapter], step: Step) -> None:
+            cls.after.append(step.index)
+
+    run = run_of(adapters=[Listening(nn.Linear(4, 4), Settings(r=2), name="layer")])
     broken(run, [2])
     fit(run)
-    assert called == [0, 1, 3, 4, 5]
+    assert Listening.before == [Step(index, 6, run.settings.seed) for index in range(6)]
+    assert Listening.after == [0, 1, 3, 4, 5]
+
+
+def test_what_adapters_add_to_the_loss_counts_once_a_step_however_it_is_cut(run_of: RunOf) -> None:
+    class Shrinking(LoRA):
+        @classmethod
+        def penalty(cls, adapters: Sequence[Any]) -> Tensor:
+            return torch.stack([adapter.lora_A.square().sum() for adapter in adapters]).sum()
+
+    gradients = []
+    for tokens in (None, 8):
+        shrinking = Shrinking(nn.Linear(4, 4), Settings(r=2), name="layer")
+        nn.init.ones_(shrinking.lora_A)
+        run = run_of(adapters=[shrinking], micro_batch_tokens=tokens)
+        train_step(run)
+        gradients.append(shrinking.lora_A.grad)
+    assert all(torch.equal(gradient, torch.full((2, 4), 2.0)) for gradient in gradients)
 
 
 def test_the_evaluation_loss_is_the_mean_over_tokens_without_dropout(run_of: RunOf, rows_of: RowsOf) -> None:

@@ -124,6 +124,11 @@ class Adapter(nn.Module, ABC):
             "the model and name both (--model, --adapter)"
         )
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether `merge` can give one layer for base and adapter."""
+        return type(self).merge is not Adapter.merge
+
     def strip(self, weight: Tensor) -> Tensor:
         """The weight [out, in] that is to be quantized under this adapter. Pure."""
         return weight

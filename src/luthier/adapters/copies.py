@@ -81,6 +81,11 @@ class BitFit(Adapter):
         start = torch.zeros(self.out_features, device=self.device) if bias is None else bias.detach()
         self.bias = Parameter(start.to(torch.float32, copy=True))
 
+    @property
+    def mergeable(self) -> bool:
+        """Only where the architecture has a bias."""
+        return self.place.bias is not None
+
     def initialize(self, start: Start) -> None:
         """The bias is that of the layer, or zero."""
 

@@ -3,14 +3,17 @@
 Here a network in memory is merged; the weights of a stored model are merged by `models/merge.py`, without loading it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from luthier.adapters.adapted import Adapted, AdaptedLinear, put_back
+from luthier.adapters.base import Adapter
 from luthier.adapters.inject import adapted_layers
 from luthier.errors import AdapterError
 
-__all__ = ["merge_adapters", "refuse_new_bias", "remove_adapters"]
+__all__ = ["can_be_merged", "merge_adapters", "refuse_new_bias", "refuse_unmergeable", "remove_adapters"]
 
 
 def merge_adapters(network: nn.Module) -> int:
@@ -59,6 +62,22 @@ def refuse_new_bias(path: str, before: Tensor | None, after: Tensor | None) -> N
         raise AdapterError(
             f"{path}: merging gives this layer a bias, and the model's architecture has none there; keep the adapter "
             "beside the model and name both (--model, --adapter)"
+        )
+
+
+def can_be_merged(network: nn.Module) -> bool:
+    """Whether every adapter of the network can become a part of the weights."""
+    layers = adapted_layers(network).values()
+    return all(adapter.mergeable for layer in layers for adapter in layer.adapters.values())
+
+
+def refuse_unmergeable(adapters: Sequence[Adapter]) -> None:
+    """Raises AdapterError if one of these can never become a part of the weights, on which a next stage would train."""
+    stuck = next((adapter for adapter in adapters if not adapter.mergeable), None)
+    if stuck is not None:
+        raise AdapterError(
+            f"{stuck.name}: an adapter of type {stuck.settings.type} cannot be merged here, and a stage follows, which "
+            "would train on it; make this the last stage or choose another type"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
@@ -102,7 +102,7 @@ class SavedAdapter:
     base_model: str | None = None
     base_sha256: str | None = None
     quantize_base: str | None = None
-    base_dtype: str = "fp32"
+    base_dtype: Literal["bf16", "fp32"] = "fp32"
 
     def build(self, network: nn.Module) -> list[Adapter]:
         """The adapters for this network, on no module yet and without values. Raises AdapterError unless the files
@@ -166,9 +166,13 @@ def read_adapter(folder: Path) -> SavedAdapter:
         said: dict[str, str] = file.metadata() or {}
     own = json.loads(said[OWN_FIELD]) if OWN_FIELD in said else None
     settings = settings_of_config(folder / _CONFIG, config, own)
-    base_model = config.get("base_model_name_or_path")
     return SavedAdapter(
-        folder, settings, base_model, said.get(_BASE_HASH), said.get(_QUANTIZED), said.get(_BASE_TYPE, "fp32")
+        folder,
+        settings,
+        base_model=config.get("base_model_name_or_path"),
+        base_sha256=said.get(_BASE_HASH),
+        quantize_base=said.get(_QUANTIZED),
+        base_dtype="bf16" if said.get(_BASE_TYPE) == "bf16" else "fp32",
     )
 
 

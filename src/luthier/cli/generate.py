@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from luthier.adapters.peft_format import load_adapter
 from luthier.data.examples import Chat, Message
+from luthier.models.adapted import load_adapted
 from luthier.models.load import Model, load
 from luthier.rollout.generate import Sampling, answers
 
@@ -34,10 +34,7 @@ def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def load_with_adapter(name: str, adapter: Path | None) -> Model:
     """The model, with an adapter on it if one is named."""
-    model = load(name)
-    if adapter is not None:
-        load_adapter(model.network, adapter)
-    return model
+    return load(name) if adapter is None else load_adapted(name, adapter)
 
 
 def command(word: str) -> click.Command:

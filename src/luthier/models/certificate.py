@@ -13,9 +13,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from luthier.adapters.peft_format import load_adapter
+from luthier.adapters.peft_format import read_adapter
 from luthier.adapters.switch import adapters_off
 from luthier.errors import ExportError
+from luthier.models.adapted import load_adapted
 from luthier.models.load import Model, load
 
 __all__ = ["Certificate", "certify", "fits_in_memory"]
@@ -60,6 +61,7 @@ def certify(base: Path, adapter: Path, written: Path, *, rounded: bool) -> Certi
     or by more than half of what the adapter does.
     """
     live, alone = _live(base, adapter)
+    rounded = rounded or read_adapter(adapter).base_dtype != "fp32"
     other = _logprobs(load(str(written)))
     kl, kl_of_base = _kl(live, other), float(_kl(live, alone).mean())
     certificate = Certificate(
@@ -80,8 +82,8 @@ def certify(base: Path, adapter: Path, written: Path, *, rounded: bool) -> Certi
 
 def _live(base: Path, adapter: Path) -> tuple[Tensor, Tensor]:
     """Log-probabilities under the adapter and without it; the model is gone afterwards."""
-    model = load(str(base))
-    load_adapter(model.network, adapter)
+    model = load_adapted(str(base), adapter)
+    model.network.float()
     live = _logprobs(model)
     with adapters_off(model.network):
         alone = _logprobs(model)

@@ -20,6 +20,7 @@ from luthier.adapters.peft_format import save_adapter
 from luthier.errors import AdapterError, ModelError
 from luthier.models.load import DTYPES, Model, load
 from luthier.models.merge import merge_into
+from luthier.models.quantize import quantized_as
 from luthier.models.save import save
 from luthier.models.sources import ResolvedSource, resolve
 from luthier.models.trainable import checkpoint_layers
@@ -102,7 +103,7 @@ def store_trained(model: Model, settings: Training, folder: Path, place: Path) -
 
 def undo(model: Model, settings: Training) -> None:
     """After a stage that failed: the model as it was before it."""
-    if settings.adapter is None:
+    if settings.adapter is None or quantized_as(model.network):
         _exchange(model, model.source)
     else:
         remove_adapters(model.network)
@@ -126,7 +127,14 @@ def _exchange(model: Model, source: ResolvedSource) -> None:
 def _saved_adapter(model: Model) -> Iterator[Path]:
     """The model's adapter as files, for a while."""
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model.network, Path(folder), base_model=model.source.name, name=_only_adapter(model.network))
+        save_adapter(
+            model.network,
+            Path(folder),
+            base_model=model.source.name,
+            quantize_base=quantized_as(model.network),
+            base_dtype=dtype_of(model),
+            name=_only_adapter(model.network),
+        )
         yield Path(folder)
 
 

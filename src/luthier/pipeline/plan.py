@@ -139,9 +139,10 @@ class Planner:
 
     def _plan(self, settings: Training, tokens: int) -> MemoryPlan:
         batch = largest_micro_batch(settings, self.prepared, tokens)
-        model, footprint = _footprint(self.word, settings, self.model_name, batch)
+        model, dense, footprint = _footprint(self.word, settings, self.model_name, batch)
         process, on_cpu = self.machine.process_bytes, self.machine.device.type == "cpu"
         mapped = sum(file.stat().st_size for file in model.source.folder.glob("*.safetensors"))
+        also_mapped = mapped if on_cpu and settings.dtype != "fp32" else 0
         lost = self._lost_bytes(settings, footprint, tokens)
         return MemoryPlan(
             micro_batch_tokens=tokens,
@@ -151,7 +152,7 @@ class Planner:
                 **{name: getattr(footprint, name) for name in Footprint.__slots__},
                 "allocator": lost,
             },
-            loading_bytes=process + footprint.weights + (mapped if on_cpu and settings.dtype != "fp32" else 0),
+            loading_bytes=process + dense + footprint.weights * bool(settings.quantize_base) + also_mapped,
             available_bytes=self.machine.available_bytes,
         )
 
@@ -206,12 +207,14 @@ def _resident_weights(network: PreTrainedModel | None) -> int:
     return mapped or sum(p.nbytes for p in network.parameters())
 
 
-def _footprint(word: str, settings: Training, model_name: str, batch: TokenBatch) -> tuple[Model, Footprint]:
+def _footprint(word: str, settings: Training, model_name: str, batch: TokenBatch) -> tuple[Model, int, Footprint]:
+    """The model without weights, the bytes of its dense weights, and what a step holds."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = outline(model_name, dtype=settings.dtype)
+        dense = sum(p.nbytes for p in model.network.parameters())
         prepare_network(settings, model)
         state = fresh_state(settings, model, outline=True)
-        return model, step_footprint(state, batch, STAGES[word].objective)
+        return model, dense, step_footprint(state, batch, STAGES[word].objective)
 
 
 def _candidates(settings: Training, smallest_tokens: int) -> Iterator[tuple[str, dict[str, object]]]:
@@ -221,6 +224,8 @@ def _candidates(settings: Training, smallest_tokens: int) -> Iterator[tuple[str,
     yield _in_words(smallest), smallest
     if settings.dtype == "fp32":
         yield "dtype: bf16", {"dtype": "bf16"}
+    if settings.adapter is not None and settings.quantize_base is None:
+        yield "quantize_base: nf4", {"quantize_base": "nf4"}
     yield "gradient_checkpointing: 1", recomputed
     together = {**recomputed, **smallest, "dtype": "bf16"}
     yield _in_words(together), together

@@ -4,6 +4,7 @@ The memory plan goes through the same functions with a network that has no weigh
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +15,9 @@ from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RecipeError
 from luthier.models.fuse import fuse
 from luthier.models.load import Model, load
+from luthier.models.quantize import quantize_base
 from luthier.models.trainable import checkpoint_layers, freeze_all, train_all_but
+from luthier.quant.linear import round_trip
 from luthier.recipe.training import SFT, Training
 from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
@@ -49,7 +52,7 @@ def _read_template(path: Path) -> str:
 
 
 def prepare_network(settings: Training, model: Model) -> list[Adapter]:
-    """Freezes, fuses and adapts the network as the settings say; returns the adapters."""
+    """Freezes, fuses, adapts and quantizes the network as the settings say; returns the adapters."""
     fusion = fuse(model.network)
     for name, count in fusion.kept.items():
         logger.info("%d %s differ from the fused form and run as they are", count, name)
@@ -58,7 +61,16 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
         train_all_but(model.network, settings.freeze)
     else:
         freeze_all(model.network)
-        adapters = inject(model.network, settings.adapter, seed=settings.seed)
+        scheme = settings.quantize_base
+        adapters = inject(
+            model.network,
+            settings.adapter,
+            seed=settings.seed,
+            rounding=partial(round_trip, scheme=scheme) if scheme else None,
+            encode=partial(model.tokenizer.encode, add_special_tokens=False),
+        )
+        if scheme:
+            quantize_base(model.network, scheme)
     checkpoint_layers(model.network, settings.gradient_checkpointing)
     model.network.train()
     return adapters

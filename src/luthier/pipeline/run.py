@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from luthier.adapters.merge import can_be_merged
 from luthier.errors import CheckpointError
 from luthier.files import write_whole
 from luthier.models.load import Model, load
@@ -47,7 +48,8 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
         folder = output / f"{index:02d}-{stage.word}"
         last = index == len(recipe.stages) - 1
         destination = output / "model" if last else folder / "model"
-        summaries.append(_run_stage(stage, source, folder, destination, listeners(index, stage)))
+        callbacks = listeners(index, stage)
+        summaries.append(_run_stage(stage, source, folder, destination, callbacks, last=last))
         source = str(destination)
     _describe(output, recipe)
     write_report(output)
@@ -75,14 +77,16 @@ def _forget(output: Path, recipe: Recipe) -> None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _run_stage(stage: Stage, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback]) -> Summary:
+def _run_stage(
+    stage: Stage, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback], *, last: bool
+) -> Summary:
     done, data = folder / "done.json", data_hashes(stage.settings)
     if done.exists():
         _refuse_changed(folder, json.loads(done.read_text(encoding="utf-8")).get("data", {}), data)
         logger.info("%s is done already", folder)
         return Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     model = load(source, dtype=stage.settings.dtype)
-    _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks)
+    _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks, to_be_merged=not last)
     _hand_over(stage, model, folder, destination)
     write_whole(done, json.dumps({"data": data}, indent=1) + "\n")
     return summary
@@ -99,8 +103,12 @@ def _refuse_changed(folder: Path, trained_on: Mapping[str, str], data: Mapping[s
 
 
 def _hand_over(stage: Stage, model: Model, folder: Path, destination: Path) -> None:
-    """Writes the trained model without adapters: what was trained, in or over the weights as they are stored."""
-    if stage.settings.adapter is None:
+    """Writes the trained model without adapters: what was trained, in or over the weights as they are stored. An
+    adapter that cannot be merged stays beside the model.
+    """
+    if not can_be_merged(model.network):
+        logger.info("%s stays beside %s: give both (--model, --adapter)", folder / "adapter", model.source.name)
+    elif stage.settings.adapter is None:
         store_trained(model, stage.settings, folder, destination)
     else:
         merge_into(model.source, folder / "adapter", destination, tokenizer=model.tokenizer)
@@ -114,7 +122,8 @@ def _describe(output: Path, recipe: Recipe) -> None:
         name = f"{index:02d}-{stage.word}"
         artifacts[f"{name}/adapter" if stage.settings.adapter else name] = {"parent": parent}
         parent = name
-    artifacts["model"] = {"parent": parent, "sha256": weights_hash(output / "model")}
+    if (output / "model").is_dir():
+        artifacts["model"] = {"parent": parent, "sha256": weights_hash(output / "model")}
     write_manifest(
         output,
         recipe,

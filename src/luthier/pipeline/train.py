@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from luthier.adapters.base import Adapter
+from luthier.adapters.merge import refuse_unmergeable
 from luthier.adapters.peft_format import save_adapter
 from luthier.data.batches import StepPlan, cut
 from luthier.data.prepare import Prepared
@@ -67,10 +68,11 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     objective: Objective | None = None,
+    to_be_merged: bool = False,
 ) -> tuple[Prepared, Summary]:
     """Trains a stage in `folder`, going on from its last checkpoint if there is one. The network is left as trained.
 
-    objective: by default the stage's own.
+    objective: by default the stage's own. to_be_merged: refuses an adapter that cannot be, before it is trained.
     """
     keep_freed_memory()
     prepared = prepare_data(settings, model, folder)
@@ -78,6 +80,8 @@ def train(
         logger.info("%s", line)
     tokens = _micro_batch_tokens(word, settings, model, prepared, folder)
     adapters = prepare_network(settings, model)
+    if to_be_merged:
+        refuse_unmergeable(adapters)
     run = make_run(
         word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters, micro_batch_tokens=tokens
     )
@@ -93,6 +97,8 @@ def train(
             folder / "adapter",
             base_model=model.source.name,
             base_sha256=model.source.weights_hash,
+            quantize_base=settings.quantize_base,
+            base_dtype=settings.dtype,
         )
     return prepared, _summary(run, prepared, folder, time.perf_counter() - started)
 

@@ -29,7 +29,13 @@ _ShareOfTokens = Annotated[float, Gt(0), Lt(1)]
 
 
 def _rate(*, adapter: float, full: float) -> Callable[[dict[str, Any]], float]:
-    return lambda fields: full if fields.get("adapter", True) is None else adapter
+    """adapter: what LoRA learns with; other types learn with a multiple of it."""
+
+    def usual(fields: dict[str, Any]) -> float:
+        chosen = fields.get("adapter", LoRA())
+        return full if chosen is None else adapter * float(chosen.rate_ratio)
+
+    return usual
 
 
 def _evaluation_interval(fields: dict[str, Any]) -> Interval:
@@ -66,6 +72,9 @@ class Training(Settings):
     adapter: AdapterSettings | None = LoRA()
     """The adapter to train beside the frozen model; none trains the model itself."""
 
+    quantize_base: Literal["int8", "nf4"] | None = None
+    """How the frozen weights are stored under an adapter: nf4 (4 bits, QLoRA), int8, or none for dense ones."""
+
     freeze: tuple[Word, ...] = ()
     """Parameters that full fine-tuning leaves as they are, as patterns of names (`*.embed_tokens.*`)."""
 
@@ -92,7 +101,7 @@ class Training(Settings):
     """Which tokens are learned: all turns of the assistant, its last turn, or everything."""
 
     learning_rate: _Positive = Field(default_factory=_rate(adapter=2e-4, full=2e-5))
-    """The highest learning rate; by default 2e-4 with an adapter and 2e-5 without."""
+    """The highest learning rate; by default 2e-4 with LoRA, more with adapters that are smaller, 2e-5 without."""
 
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """How the learning rate goes on after warming up; wsd stays and then decays (Hu et al. 2024, MiniCPM)."""
@@ -149,7 +158,7 @@ class Training(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        found = [*_evaluation_problems(self), *_schedule_problems(self)]
+        found = [*_evaluation_problems(self), *_schedule_problems(self), *_base_problems(self)]
         if self.freeze and self.adapter is not None:
             found.append(
                 Problem(("freeze",), "an adapter leaves the whole model frozen; drop freeze or set adapter: none")
@@ -191,7 +200,7 @@ class Pretrain(Training):
     """Which tokens are learned: of plain text, all."""
 
     learning_rate: _Positive = Field(default_factory=_rate(adapter=1e-4, full=1e-5))
-    """The highest learning rate; by default 1e-4 with an adapter and 1e-5 without."""
+    """The highest learning rate; by default 1e-4 with LoRA, more with adapters that are smaller, 1e-5 without."""
 
     @model_validator(mode="after")
     def _leave_room(self) -> Self:
@@ -207,6 +216,13 @@ def _evaluation_problems(settings: Training) -> Iterator[Problem]:
         yield Problem(("eval_every",), "there is nothing to evaluate on; give eval_data or eval_fraction")
     if settings.early_stopping and not settings.eval_every:
         yield Problem(("early_stopping",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
+
+
+def _base_problems(settings: Training) -> Iterator[Problem]:
+    if settings.quantize_base and settings.adapter is None:
+        yield Problem(("quantize_base",), "a quantized model cannot be trained itself; give it an adapter")
+    if not settings.quantize_base and isinstance(settings.adapter, LoRA) and settings.adapter.init == "loftq":
+        yield Problem(("quantize_base",), "init: loftq makes good what quantizing takes away; set nf4 or int8")
 
 
 def _schedule_problems(settings: Training) -> Iterator[Problem]:

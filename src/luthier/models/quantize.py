@@ -1,0 +1,45 @@
+"""A network's frozen base stored in few bits, under whatever adapters it carries.
+
+An adapter that starts from parts of a weight has them taken off before the weight is stored, and learns which layer it
+sits on from then on. What an adapter trains a copy of stays dense.
+"""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from luthier.adapters.adapted import Adapted, AdaptedLinear
+from luthier.quant.linear import QuantizedLinear, quantize_layers
+
+__all__ = ["quantize_base", "quantized_as"]
+
+
+def quantize_base(network: nn.Module, scheme: str) -> int:
+    """Stores the weights of the linear layers as `scheme` says, but for the output layer's. Returns how many.
+
+    Raises ModelError for a scheme that is not known, and where the network is quantized already.
+    """
+    carriers = {path: module for path, module in network.named_modules() if isinstance(module, Adapted)}
+    copied = [f"{path}.base" for path, carrier in carriers.items() if not isinstance(carrier, AdaptedLinear)]
+    dense = [path for path in copied if isinstance(network.get_submodule(path), nn.Linear)]
+    linear = {f"{path}.base": carrier for path, carrier in carriers.items() if isinstance(carrier, AdaptedLinear)}
+    return quantize_layers(
+        network, scheme, keep=dense, strip=partial(_stripped, linear), exchanged=partial(_move, linear)
+    )
+
+
+def _stripped(carriers: dict[str, AdaptedLinear], path: str, weight: Tensor) -> Tensor:
+    for adapter in carriers[path].adapters.values() if path in carriers else ():
+        weight = adapter.strip(weight)
+    return weight
+
+
+def _move(carriers: dict[str, AdaptedLinear], path: str, layer: QuantizedLinear) -> None:
+    for adapter in carriers[path].adapters.values() if path in carriers else ():
+        adapter.move(layer)
+
+
+def quantized_as(network: nn.Module) -> str | None:
+    """By which scheme the network's base is stored; None where it is dense."""
+    found = (module.scheme for module in network.modules() if isinstance(module, QuantizedLinear))
+    return next(found, None)
