@@ -56,6 +56,12 @@ def _compiled(pattern: str) -> str:
     return pattern
 
 
+def _factor(number: int) -> int:
+    if number == -1 or number >= 2:
+        return number
+    raise ValueError(f"expected at least 2, or -1 for the most equal factors, got {number}")
+
+
 _Pattern = Annotated[Word, AfterValidator(_compiled)]
 
 
@@ -194,7 +200,7 @@ class LoKr(LowRank):
     alpha: _Positive = Field(default_factory=lambda fields: float(fields.get("r", 0)))
     """The update's strength; r by default."""
 
-    decompose_factor: Annotated[int, Ge(2)] | Literal[-1] = -1
+    decompose_factor: Annotated[int, AfterValidator(_factor)] = -1
     """The size of the small matrix; -1 makes both factors as equal as the layer's sizes allow."""
 
     decompose_both: bool = False
@@ -228,6 +234,11 @@ class VeRA(_OnLinear):
     rate_ratio: ClassVar[float] = 25.0
 
 
+def _customary_feedforward(fields: dict[str, Any]) -> tuple[str, ...]:
+    names = fields.get("target_modules", ())
+    return ("down_proj",) if names == "all-linear" or "down_proj" in names else ()
+
+
 class IA3(_OnLinear):
     """h = l * (W x + b); in feed-forward layers h = W (l * x) + b        Liu et al. 2022, section 3.3"""
 
@@ -237,8 +248,8 @@ class IA3(_OnLinear):
     target_modules: Literal["all-linear"] | Names = ("k_proj", "v_proj", "down_proj")
     """Which linear layers are adapted, by the end of their names; `all-linear` is all but the output layer."""
 
-    feedforward_modules: tuple[Word, ...] = ("down_proj",)
-    """Those of them whose input is scaled instead of their output."""
+    feedforward_modules: tuple[Word, ...] = Field(default_factory=_customary_feedforward)
+    """Those of them whose input is scaled instead of their output; by default `down_proj` where it is adapted."""
 
     rate_ratio: ClassVar[float] = 25.0
 
@@ -320,7 +331,7 @@ class DyLoRA(_OnLinear):
 
 
 class Bottleneck(AnyAdapter):
-    """y + s U f(D y), after a sublayer or beside it        Houlsby et al. 2019; Pfeiffer et al. 2020; He et al. 2022"""
+    """y + s (U f(D y + d) + u), after a sublayer or beside it        Houlsby et al. 2019, section 2.1; He et al. 2022"""
 
     type: Literal["bottleneck"] = "bottleneck"
     """Small networks with a narrow middle after the sublayers of each block."""
@@ -341,7 +352,7 @@ class Bottleneck(AnyAdapter):
     """The strength s."""
 
     dropout: _Dropout = 0.0
-    """The share of the adapter's inputs that is dropped while training."""
+    """The share of the middle that is dropped while training, after the non-linearity."""
 
     rate_ratio: ClassVar[float] = 2.5
 

@@ -1,0 +1,153 @@
+"""A quantized base under adapters: what is trained is what is saved, loaded and merged."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from luthier.adapters.adapted import AdaptedLinear
+from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
+from luthier.adapters.merge import merge_adapters
+from luthier.adapters.peft_format import read_adapter, save_adapter
+from luthier.adapters.switch import adapters_off
+from luthier.errors import ModelError
+from luthier.models.adapted import load_adapted
+from luthier.models.load import load
+from luthier.models.merge import merge_into
+from luthier.models.quantize import quantize_base, quantized_as
+from luthier.models.sources import resolve
+from luthier.quant.linear import QuantizedLinear, round_trip
+from luthier.recipe.adapters import AnyAdapter, DoRA, LoRA
+
+IDS = torch.arange(1, 25).view(2, 12)
+CASES = {
+    "lora": LoRA(r=4),
+    "lora_on_two": LoRA(r=4, target_modules=("q_proj", "down_proj")),
+    "dora": DoRA(r=4),
+    "loftq": LoRA(r=4, init="loftq", iterations=2),
+    "pissa": LoRA(r=4, init="pissa"),
+}
+each_scheme = pytest.mark.parametrize("scheme", ["nf4", "int8"])
+
+
+def network() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    result: Tensor = model(IDS).logits
+    return result
+
+
+def adapted(settings: AnyAdapter, scheme: str, model: LlamaForCausalLM | None = None, *, trained: bool = True):
+    model = model or network()
+    inject(model, settings, seed=3, rounding=partial(round_trip, scheme=scheme))
+    quantize_base(model, scheme)
+    for i, parameter in enumerate(adapter_parameters(model).values() if trained else ()):
+        with torch.no_grad():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+@each_scheme
+def test_the_linear_layers_are_stored_and_adapters_sit_on_them(scheme: str) -> None:
+    model = adapted(LoRA(r=4, modules_to_save=("lm_head",)), scheme)
+    assert quantized_as(model) == scheme
+    for path, layer in adapted_layers(model).items():
+        assert isinstance(layer.base, QuantizedLinear) == isinstance(layer, AdaptedLinear), path
+        assert all(adapter.place is layer.base for adapter in layer.adapters.values())
+
+
+@each_scheme
+def test_lora_and_dora_start_as_the_quantized_base(scheme: str) -> None:
+    bare = network()
+    quantize_base(bare, scheme)
+    for case in ("lora", "dora"):
+        torch.testing.assert_close(logits(adapted(CASES[case], scheme, trained=False)), logits(bare), rtol=0, atol=1e-6)
+
+
+@each_scheme
+def test_gradients_pass_through_the_stored_weights(scheme: str) -> None:
+    """As through dense layers that hold the same values, to 1e-5 of the largest."""
+    stored, dense = adapted(LoRA(r=4), scheme), network()
+    inject(dense, LoRA(r=4), seed=3)
+    dense.load_state_dict({n: p for n, p in stored.state_dict().items() if ".adapters." in n}, strict=False)
+    for path, layer in adapted_layers(dense).items():
+        layer.base.weight.copy_(stored.get_submodule(f"{path}.base").weight)
+    for model in (stored, dense):
+        model(IDS, labels=IDS).loss.backward()
+    for name, parameter in adapter_parameters(dense).items():
+        same = adapter_parameters(stored)[name].grad
+        torch.testing.assert_close(same, parameter.grad, rtol=0, atol=1e-5 * float(parameter.grad.abs().max()))
+
+
+def test_loftq_starts_nearer_to_the_model_than_qlora_and_nearer_with_each_iteration() -> None:
+    """The mean distance of weights, Q + s B A from W, in Frobenius norm over the layers."""
+
+    def distance(settings: LoRA) -> float:
+        model, exact = adapted(settings, "nf4", trained=False), network().state_dict()
+        layers = adapted_layers(model).items()
+        return sum(float((layer.merged()[0] - exact[f"{path}.weight"]).norm()) for path, layer in layers)
+
+    distances = [distance(LoRA(r=8))]
+    distances += [distance(LoRA(r=8, init="loftq", iterations=count)) for count in (1, 2, 3, 4, 5)]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[1] < 0.9 * distances[0]
+
+
+@each_scheme
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_trained_is_loaded_again(case: str, scheme: str, tmp_path: Path) -> None:
+    model = stored_base(tmp_path)
+    trained = adapted(CASES[case], scheme, load(str(model)).network)
+    expected = logits(trained)
+    save_adapter(trained, tmp_path / "adapter", base_model=str(model), quantize_base=scheme)
+    assert read_adapter(tmp_path / "adapter").quantize_base == scheme
+    assert torch.equal(logits(load_adapted(str(model), tmp_path / "adapter").network), expected)
+
+
+@each_scheme
+@pytest.mark.parametrize("case", CASES)
+def test_the_merged_model_is_what_was_trained(case: str, scheme: str, tmp_path: Path) -> None:
+    """To 1e-5: one product instead of two. The certificate loads both and says the same."""
+    model = stored_base(tmp_path)
+    trained = adapted(CASES[case], scheme, load(str(model)).network)
+    expected = logits(trained)
+    save_adapter(trained, tmp_path / "adapter", base_model=str(model), quantize_base=scheme)
+    merged = merge_into(resolve(str(model)), tmp_path / "adapter", tmp_path / "merged", verify=True)
+    torch.testing.assert_close(logits(load(str(merged.folder)).network), expected, rtol=0, atol=1e-5)
+    assert merged.certificate is not None
+    assert merged.certificate.kl < 1e-6
+    merge_adapters(trained)
+    torch.testing.assert_close(logits(trained), expected, rtol=0, atol=1e-5)
+
+
+def test_switched_off_the_quantized_base_is_there() -> None:
+    model, bare = adapted(LoRA(r=4), "nf4"), network()
+    quantize_base(bare, "nf4")
+    with adapters_off(model):
+        assert torch.equal(logits(model), logits(bare))
+
+
+def test_a_network_is_not_quantized_twice() -> None:
+    model = adapted(LoRA(r=4), "nf4")
+    with pytest.raises(ModelError, match="quantized already"):
+        quantize_base(model, "nf4")
+
+
+def stored_base(folder: Path) -> Path:
+    """A tiny model in files, with a tokenizer."""
+
+    place = folder / "base"
+    network().save_pretrained(place)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", unk_token="w0").save_pretrained(place)
+    return place
