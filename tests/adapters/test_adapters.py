@@ -13,7 +13,7 @@ from luthier.adapters.merge import merge_adapters, remove_adapters
 from luthier.adapters.switch import adapters_off
 from luthier.errors import AdapterError
 from luthier.models.attention import ATTENTION, register_attention
-from luthier.recipe.adapters import ADAPTER_SETTINGS, AdapterSettings, DoRA, LoRA
+from luthier.recipe.adapters import ADAPTER_SETTINGS, IA3, AdapterSettings, DoRA, LoRA
 
 IDS = torch.arange(1, 25).view(2, 12)
 SETTINGS = {
@@ -26,12 +26,13 @@ SETTINGS = {
     "lora_pissa": LoRA(r=4, alpha=4, init="pissa"),
     "lora_olora": LoRA(r=4, alpha=4, init="olora"),
     "lora_patterns": LoRA(r=4, rank_pattern={"v_proj": 2}, alpha_pattern={"mlp.up_proj": 1}, layers_to_transform=(1,)),
+    "ia3_on_attention": IA3(target_modules=("q_proj", "o_proj"), layers_to_transform=(1,)),
     "dora_with_bias": DoRA(r=4, bias="lora_only"),
 }
 NEVER_MERGED = {"bottleneck", "prefix", "prompt"}  # no change of one weight is what they do
 NO_IDENTITY = {"prefix", "prompt"}  # whatever stands before a text is seen by it
 CONSTANTS_IN_BACKWARD = {"dora"}  # the norm, by the paper's section 4.3
-SEEDLESS = {"bitfit", "lora_olora", "lora_pissa"}  # start from the model's weights alone
+SEEDLESS = {"bitfit", "ia3", "ia3_on_attention", "lora_olora", "lora_pissa"}  # start from the model alone or at 1
 OPEN_START = {"lora_olora": 1e-5, "lora_pissa": 1e-5}  # what is taken off again is so up to the order of sums
 
 

@@ -10,11 +10,16 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from luthier.adapters.adalora import AdaLoRA
 from luthier.adapters.adapted import Adapted, AdaptedLinear
 from luthier.adapters.base import Adapter, Start, Step
+from luthier.adapters.bottleneck import Bottleneck
 from luthier.adapters.copies import BiasCopy, BitFit, ModuleCopy
 from luthier.adapters.dora import DoRA
+from luthier.adapters.dylora import DyLoRA
+from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA
+from luthier.adapters.prompt import Prompt
 from luthier.adapters.targets import Linear, modules_named, named_places
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AnyAdapter
@@ -34,7 +39,16 @@ __all__ = [
     "share",
 ]
 
-ADAPTERS: dict[str, type[Adapter]] = {"bitfit": BitFit, "dora": DoRA, "lora": LoRA}
+ADAPTERS: dict[str, type[Adapter]] = {
+    "adalora": AdaLoRA,
+    "bitfit": BitFit,
+    "bottleneck": Bottleneck,
+    "dora": DoRA,
+    "dylora": DyLoRA,
+    "ia3": IA3,
+    "lora": LoRA,
+    "prompt": Prompt,
+}
 
 DEFAULT_NAME = "default"
 
