@@ -51,11 +51,15 @@ class PeftForm:
     """How PEFT's adapter_config.json says a type's settings. kind: its peft_type. fields: our name -> PEFT's.
 
     fixed: what else is written, and must be said by a file for it to be of this type; what is false may be missing.
+    unread: words that change nothing of what a saved adapter of this type computes. borrowed: the form is another
+    type's, as which PEFT's own files are read; only metadata of ours says this type.
     """
 
     kind: str
     fields: Mapping[str, str]
     fixed: Mapping[str, object] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
+    borrowed: bool = False
 
 
 class Adapter(nn.Module, ABC):
@@ -144,6 +148,9 @@ class Adapter(nn.Module, ABC):
     def saved(self) -> dict[str, Tensor]:
         """What the adapter's file holds, by key."""
         return {self.key(name): p.detach() for name, p in self.named_parameters()}
+
+    def fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Takes from a file's shapes what the settings leave open, before the two are compared."""
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:

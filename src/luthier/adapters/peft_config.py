@@ -59,7 +59,7 @@ def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, 
         if _says_the_same(config, settings) and not isinstance(names, str):
             return settings if names is None else settings.model_copy(update={"target_modules": tuple(names)})
     word, form = _type_of(path, config)
-    known = {*form.fields.values(), *form.fixed, *_HARMLESS}
+    known = {*form.fields.values(), *form.fixed, *form.unread, *_HARMLESS}
     if asked := sorted(name for name, value in config.items() if value and name not in known):
         raise AdapterError(
             f"{path.parent}: asks for {', '.join(asked)}, which cannot be read; merge it with PEFT first"
@@ -76,18 +76,20 @@ def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, 
 
 def _says_the_same(config: Mapping[str, Any], settings: AnyAdapter) -> bool:
     """Whether this configuration is the one written for the settings; which layers are meant is written otherwise."""
-    extra = ADAPTERS[settings.type].peft_words(settings, ())
-    written = words_of_config(settings, "", extra)
-    free = {"base_model_name_or_path", "target_modules"}
-    said = {name for name, value in config.items() if value and name not in _HARMLESS}
+    kind = ADAPTERS[settings.type]
+    written = words_of_config(settings, "", kind.peft_words(settings, ()))
+    unread = kind.peft.unread if kind.peft else frozenset()
+    free = {"base_model_name_or_path", "target_modules", *unread}
+    said = {name for name, value in config.items() if value and name not in _HARMLESS | unread}
     return said <= written.keys() and all(config.get(n) == value for n, value in written.items() if n not in free)
 
 
 def _type_of(path: Path, config: Mapping[str, Any]) -> tuple[str, PeftForm]:
     kind = config.get("peft_type")
-    forms = {word: cls.peft for word, cls in ADAPTERS.items() if cls.peft is not None and cls.peft.kind == kind}
+    every = {word: cls.peft for word, cls in ADAPTERS.items() if cls.peft is not None and not cls.peft.borrowed}
+    forms = {word: form for word, form in every.items() if form.kind == kind}
     if not forms:
-        readable = sorted({cls.peft.kind for cls in ADAPTERS.values() if cls.peft})
+        readable = sorted({form.kind for form in every.values()})
         raise AdapterError(f"{path.parent}: adapters of type {kind} cannot be read; {', '.join(readable)} can")
     for word, form in forms.items():
         if all((config.get(name) or False) == value for name, value in form.fixed.items()):

@@ -16,6 +16,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from luthier.adapters.base import Adapter
+from luthier.adapters.dylora import check_rank, serve_at
 from luthier.adapters.inject import ADAPTERS, DEFAULT_NAME, adapted_layers, attach, build, share
 from luthier.adapters.peft_config import OWN_FIELD, settings_of_config, words_of_config
 from luthier.adapters.targets import Linear, named_places
@@ -94,7 +95,7 @@ class SavedAdapter:
 
     base_model: the model it was trained on, as it was named then; base_sha256: the hash of that model's weights;
     quantize_base: how these were quantized, None where they were not, from weights in base_dtype. The first two are
-    None where the adapter does not say.
+    None where the adapter does not say. rank: the one to serve at, of a type that has several.
     """
 
     folder: Path
@@ -103,16 +104,20 @@ class SavedAdapter:
     base_sha256: str | None = None
     quantize_base: str | None = None
     base_dtype: Literal["bf16", "fp32"] = "fp32"
+    rank: int | None = None
 
     def build(self, network: nn.Module) -> list[Adapter]:
         """The adapters for this network, on no module yet and without values. Raises AdapterError unless the files
         hold exactly their tensors.
         """
-        adapters = build(network, self.settings)
+        with _opened(self.folder / _WEIGHTS) as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+        adapters = self._at_rank(build(network, self.settings))
+        for adapter in adapters:
+            adapter.fit(shapes)
         expected = {key: tuple(value.shape) for a in adapters for key, value in a.saved().items()}
         optional = {key for adapter in adapters for key in adapter.optional_keys}
-        with _opened(self.folder / _WEIGHTS) as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys()) if key not in optional}
+        found = {key: shape for key, shape in shapes.items() if key not in optional}
         if different := sorted(expected.keys() ^ found.keys()):
             raise AdapterError(
                 f"{self.folder}: made for another model: {len(different)} tensors differ, the first {different[0]}"
@@ -133,8 +138,13 @@ class SavedAdapter:
     def on(self, outline: Adapter, place: nn.Module, network: nn.Module) -> Adapter:
         """An adapter that was built for this network, made again for a module with values, its tensors in it."""
         adapter = type(outline)(place, self.settings, name=outline.name, config=outline.config)
-        self.fill([adapter], network)
+        self.fill(self._at_rank([adapter]), network)
         return adapter
+
+    def _at_rank(self, adapters: list[Adapter]) -> list[Adapter]:
+        if self.rank is not None:
+            serve_at(adapters, self.rank)
+        return adapters
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -156,16 +166,19 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._keys)
 
 
-def read_adapter(folder: Path) -> SavedAdapter:
-    """What the folder says of its adapter.
+def read_adapter(folder: Path, *, rank: int | None = None) -> SavedAdapter:
+    """What the folder says of its adapter. rank: the one to serve at, of a type that has several.
 
-    Raises AdapterError where it holds no adapter, a damaged one, or one that this package cannot represent.
+    Raises AdapterError where it holds no adapter, a damaged one, or one that this package cannot represent, and for a
+    rank that the adapter does not have.
     """
     config = _read_config(folder)
     with _opened(folder / _WEIGHTS) as file:
         said: dict[str, str] = file.metadata() or {}
     own = json.loads(said[OWN_FIELD]) if OWN_FIELD in said else None
     settings = settings_of_config(folder / _CONFIG, config, own)
+    if rank is not None:
+        check_rank(settings, rank)
     return SavedAdapter(
         folder,
         settings,
@@ -173,16 +186,17 @@ def read_adapter(folder: Path) -> SavedAdapter:
         base_sha256=said.get(_BASE_HASH),
         quantize_base=said.get(_QUANTIZED),
         base_dtype="bf16" if said.get(_BASE_TYPE) == "bf16" else "fp32",
+        rank=rank,
     )
 
 
-def load_adapter(network: nn.Module, folder: Path, *, name: str = DEFAULT_NAME) -> AnyAdapter:
-    """Puts a saved adapter on the network and makes it active; returns its settings.
+def load_adapter(network: nn.Module, folder: Path, *, name: str = DEFAULT_NAME, rank: int | None = None) -> AnyAdapter:
+    """Puts a saved adapter on the network and makes it active; returns its settings. rank: as for `read_adapter`.
 
     Raises AdapterError where the folder holds no adapter, one that this package cannot represent, or one for another
-    model; the network is then left as it was.
+    model, and for a rank that the adapter does not have; the network is then left as it was.
     """
-    saved = read_adapter(folder)
+    saved = read_adapter(folder, rank=rank)
     adapters = saved.build(network)
     saved.fill(adapters, network)
     attach(network, adapters, name)
