@@ -47,7 +47,8 @@ class Adapted(nn.Module):
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with the active adapters merged in; the base stays as it is."""
-        weight, bias = self.base.weight, getattr(self.base, "bias", None)
+        weight: Any = getattr(self.base, "weight", None)  # none of its own where the module is a block or a body
+        bias: Tensor | None = getattr(self.base, "bias", None)
         for name in self.active:
             new_weight, new_bias = self.adapters[name].merge(weight, bias)
             share = self.shares.get(name, 1.0)

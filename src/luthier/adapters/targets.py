@@ -16,7 +16,7 @@ from torch import nn
 from luthier.adapters.adapted import bare
 from luthier.errors import AdapterError
 
-__all__ = ["Linear", "decoder_blocks", "linear_targets", "modules_named", "named_places"]
+__all__ = ["Linear", "decoder", "decoder_blocks", "linear_targets", "modules_named", "named_places"]
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.|$)")
 
@@ -93,3 +93,11 @@ def decoder_blocks(network: nn.Module) -> dict[str, nn.Module]:
         if found and name.endswith(f".{found[1]}"):
             blocks[name] = bare(module)
     return blocks
+
+
+def decoder(network: nn.Module) -> tuple[str, nn.Module]:
+    """The transformer's body, with the adapters that it carries, and its dotted name. transformers' own `get_decoder`
+    looks through them and gives the body alone.
+    """
+    body = bare(network.get_decoder())  # type: ignore[operator]
+    return next((name, place) for name, place in named_places(network) if bare(place) is body)

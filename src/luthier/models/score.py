@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from luthier.adapters.targets import decoder
 from luthier.data.batches import TokenBatch
+from luthier.kernels.attention import STREAM_MULTIPLE
 from luthier.kernels.logprobs import HeadOptions, linear_logprobs
 from luthier.models.attention import ATTENTION
 from luthier.models.load import Model
 
-__all__ = ["STREAM_MULTIPLE", "Scores", "hidden_states", "score"]
-
-# A CPU compiles its matrix products for each size that it meets and keeps them, 0.6 MB and 2 ms apiece, and blocks of
-# ever new sizes leave holes: 15 steps left 600 MB behind. A GPU's allocator, too, holds what it cannot use again.
-STREAM_MULTIPLE = 32
+__all__ = ["Scores", "hidden_states", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ def score(model: Model | PreTrainedModel, batch: TokenBatch) -> Scores:
 
 def hidden_states(network: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The last hidden states of the stream, [tokens, hidden]."""
-    body = network.get_decoder()
+    _, body = decoder(network)
     if network.config._attn_implementation == ATTENTION:
         return _run_stream(body, batch)
     pieces = zip(batch.token_ids.split(list(batch.lengths)), batch.positions.split(list(batch.lengths)), strict=True)

@@ -1,0 +1,154 @@
+"""Prompt tuning: learned embeddings before those of every text.
+
+The adapter sits on the whole body: it lengthens what goes in, and takes the prompt's positions out of what comes back,
+so that nobody else sees that they were there. With a cache, the prompt goes in while the cache is empty; from then on
+the cache holds it, and later tokens stand behind it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from luthier.adapters.adapted import Base, bare
+from luthier.adapters.base import Adapter, PeftForm, Start
+from luthier.adapters.targets import decoder
+from luthier.errors import AdapterError
+from luthier.kernels.attention import STREAM_MULTIPLE
+
+__all__ = ["Prompt", "starting_tokens"]
+
+
+class Prompt(Adapter):
+    """[P; embed(x)] with P trained alone        Lester et al. 2021, section 2
+
+    P: [virtual tokens, embedding size].
+    """
+
+    peft = PeftForm("PROMPT_TUNING", {"num_virtual_tokens": "num_virtual_tokens"})
+
+    @classmethod
+    def places(cls, network: nn.Module, settings: Any) -> dict[str, nn.Module]:
+        name, body = decoder(network)
+        return {name: bare(body)}
+
+    def create(self) -> None:
+        self.length: int = self.settings.num_virtual_tokens
+        size = self.place.get_input_embeddings().weight.shape[1]
+        self.prompt_embeddings = Parameter(torch.zeros(self.length, size, device=self.device))
+
+    @torch.no_grad()
+    def initialize(self, start: Start) -> None:
+        """The embeddings of a text or of random tokens; or normal, with the deviation of those of random tokens."""
+        embed = self.place.get_input_embeddings()
+        chosen = embed(starting_tokens(self.settings, start, num_embeddings=len(embed.weight)).to(self.device)).float()
+        if self.settings.init == "random":
+            chosen = torch.empty(chosen.shape).normal_(generator=start.generator).to(chosen.device) * chosen.std()
+        self.prompt_embeddings.copy_(chosen)
+
+    def key(self, name: str) -> str:
+        """PEFT's file names no module."""
+        return name
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        base: Base,
+        inputs_embeds: Tensor | None = None,
+        segment_lengths: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As the body: of one stream of sequences, [1, tokens], or of a padded batch, [sequences, tokens]. options:
+        what else transformers gives to a body. Raises AdapterError for a mask or a cache that has no room for a prompt.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None, "a body is called with input_ids or inputs_embeds"
+        mask, positions, cache = (options.get(n) for n in ("attention_mask", "position_ids", "past_key_values"))
+        if mask is not None:
+            options["attention_mask"] = self._lengthened(mask)
+        past = 0 if cache is None else cache.get_seq_length()
+        if past and mask is not None and past + given.shape[1] != mask.shape[1] + self.length:
+            raise AdapterError(f"{self.name}: the cache does not hold the prompt and the text so far; start without it")
+        if positions is not None:
+            options["position_ids"] = positions + self.length
+        if past:
+            return base(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
+        embeds = self.place.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        return self._with_prompt(embeds, segment_lengths, base, options)
+
+    def _lengthened(self, mask: Tensor) -> Tensor:
+        if mask.dim() != 2:
+            raise AdapterError(
+                f"{self.name}: a prompt has no room in a cache of fixed size or in a mask of queries and keys; leave "
+                "cache_implementation as it is, and give masks of one row a sequence"
+            )
+        return torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)
+
+    def _with_prompt(
+        self, embeds: Tensor, segment_lengths: Sequence[int] | None, base: Base, options: dict[str, Any]
+    ) -> Any:
+        layout = _Layout(self.length, (embeds.shape[1],))
+        if segment_lengths is not None:
+            layout = _Layout(self.length, segment_lengths, multiple=STREAM_MULTIPLE)
+            options["segment_lengths"] = layout.segment_lengths
+        if (positions := options.get("position_ids")) is not None:
+            options["position_ids"] = layout.join(torch.arange(self.length, device=positions.device)[None], positions)
+        prompt = self.prompt_embeddings.to(embeds.dtype)[None]
+        output = base(inputs_embeds=layout.join(prompt, embeds), **options)
+        output.last_hidden_state = layout.texts_of(output.last_hidden_state)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(layout.texts_of(states) for states in output.hidden_states)
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A prompt before each of several texts, and behind the last what makes all of it a multiple of `multiple` long.
+
+    Pieces and not index tensors: where one prompt goes to many places, its gradient is then summed in one order.
+    """
+
+    prompt: int
+    texts: Sequence[int]
+    multiple: int = 1
+
+    @property
+    def made_up(self) -> int:
+        return -(sum(self.texts) + self.prompt * len(self.texts)) % self.multiple
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        joined = [self.prompt + text for text in self.texts]
+        return (*joined[:-1], joined[-1] + self.made_up)
+
+    def join(self, prompt: Tensor, texts: Tensor) -> Tensor:
+        """prompt: [1, virtual tokens, ...]. texts: [sequences, tokens, ...]."""
+        rows, _, *rest = texts.shape
+        prompt = prompt.expand(rows, *prompt.shape[1:])
+        pieces = [piece for text in texts.split(list(self.texts), dim=1) for piece in (prompt, text)]
+        return torch.cat([*pieces, texts.new_zeros(rows, self.made_up, *rest)], dim=1)
+
+    def texts_of(self, joined: Tensor) -> Tensor:
+        """The inverse of `join`."""
+        sizes = [size for text in self.texts for size in (self.prompt, text)]
+        return torch.cat(joined.split([*sizes, self.made_up], dim=1)[1::2], dim=1)
+
+
+def starting_tokens(settings: Any, start: Start, *, num_embeddings: int) -> Tensor:
+    """The tokens that virtual ones start as, [virtual tokens]: those of a text, repeated or cut, or random ones.
+
+    Raises AdapterError for a text without a tokenizer, or without tokens.
+    """
+    wanted: int = settings.num_virtual_tokens
+    if settings.init != "text":
+        return torch.randint(num_embeddings, (wanted,), generator=start.generator)
+    if start.encode is None:
+        raise AdapterError("init: text needs the model's tokenizer, and none was given; choose init: vocabulary")
+    ids = start.encode(settings.init_text)
+    if not ids:
+        raise AdapterError(f'init_text: "{settings.init_text}" has no tokens; choose another text')
+    return torch.tensor([ids[i % len(ids)] for i in range(wanted)])
