@@ -20,7 +20,6 @@ from luthier.adapters.dylora import DyLoRA
 from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prompt import Prompt
-from luthier.adapters.prompt import Prompt
 from luthier.adapters.targets import Linear, modules_named, named_places
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AnyAdapter
