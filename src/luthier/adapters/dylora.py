@@ -20,7 +20,7 @@ from luthier.kernels.low_rank import add_low_rank
 from luthier.recipe.adapters import AnyAdapter
 from luthier.recipe.adapters import DyLoRA as Settings
 
-__all__ = ["DyLoRA", "check_rank", "serve_at", "set_rank"]
+__all__ = ["DyLoRA", "rank_to_serve", "serve_at", "served_rank", "set_rank"]
 
 
 class DyLoRA(Adapter):
@@ -75,7 +75,7 @@ class DyLoRA(Adapter):
 
 
 def set_rank(network: nn.Module, rank: int, *, name: str = "default") -> None:
-    """Serves the adapter of this name at this rank from now on; training and files keep all ranks.
+    """Serves the adapter of this name at this rank from now on, where it does not train; files keep all ranks.
 
     Raises AdapterError if there is no such adapter, or it was not trained for this rank.
     """
@@ -83,25 +83,37 @@ def set_rank(network: nn.Module, rank: int, *, name: str = "default") -> None:
     adapters: list[Adapter] = [place.adapters[name] for place in places]
     if not adapters:
         raise AdapterError(f'the model carries no adapter named "{name}"')
-    check_rank(adapters[0].settings, rank)
-    serve_at(adapters, rank)
+    serve_at(adapters, rank_to_serve(adapters[0].settings, rank))
 
 
-def check_rank(settings: AnyAdapter, rank: int) -> None:
-    """Raises AdapterError if an adapter of these settings cannot be served at this rank."""
-    if not isinstance(settings, Settings):
+def rank_to_serve(settings: AnyAdapter, asked: int | None, remembered: str | None = None) -> int | None:
+    """The rank that was asked for, else the one that a file remembers, else None for the usual one.
+
+    Raises AdapterError if an adapter of these settings does not have the rank.
+    """
+    if isinstance(settings, Settings):
+        rank = int(remembered) if asked is None and remembered is not None else asked
+        if rank is not None and not settings.min_r <= rank <= settings.r:
+            raise AdapterError(
+                f"rank: {rank} is not among those that the adapter was trained for, {settings.min_r} to {settings.r}; "
+                "choose one of these"
+            )
+        return rank
+    if asked is not None:
         raise AdapterError(
             f"rank: an adapter of type {settings.type} serves as it is; leave rank out, or train one of type dylora"
         )
-    if not settings.min_r <= rank <= settings.r:
-        raise AdapterError(
-            f"rank: {rank} is not among those that the adapter was trained for, {settings.min_r} to {settings.r}; "
-            "choose one of these"
-        )
+    return None
 
 
-def serve_at(adapters: Iterable[Adapter], rank: int) -> None:
+def serve_at(adapters: Iterable[Adapter], rank: int | None) -> None:
     """Chooses the rank of those that have several."""
     for adapter in adapters:
         if isinstance(adapter, DyLoRA):
-            adapter.served = rank
+            adapter.served = rank or adapter.settings.r
+
+
+def served_rank(adapters: Iterable[Adapter]) -> int | None:
+    """The rank that was chosen for these, None for the usual one."""
+    chosen = (a.served for a in adapters if isinstance(a, DyLoRA) and a.served != a.settings.r)
+    return next(chosen, None)

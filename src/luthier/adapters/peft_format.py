@@ -16,7 +16,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from luthier.adapters.base import Adapter
-from luthier.adapters.dylora import check_rank, serve_at
+from luthier.adapters.dylora import rank_to_serve, serve_at, served_rank
 from luthier.adapters.inject import ADAPTERS, DEFAULT_NAME, adapted_layers, attach, build, share
 from luthier.adapters.peft_config import OWN_FIELD, settings_of_config, words_of_config
 from luthier.adapters.targets import Linear, named_places
@@ -27,6 +27,7 @@ __all__ = ["SavedAdapter", "load_adapter", "read_adapter", "save_adapter"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE_HASH, _BASE_TYPE, _QUANTIZED = "base_sha256", "base_dtype", "quantize_base"  # in the weights' metadata
+_RANK = "served_rank"
 
 
 def save_adapter(
@@ -50,6 +51,8 @@ def save_adapter(
     tensors = {key: value.to("cpu").contiguous() for a in adapters for key, value in a.saved().items()}
     known = {_BASE_HASH: base_sha256, _BASE_TYPE: quantize_base and base_dtype, _QUANTIZED: quantize_base}
     metadata = {"format": "pt"} | {word: value for word, value in known.items() if value}
+    if rank := served_rank(adapters):
+        metadata[_RANK] = str(rank)
     extra = ADAPTERS[settings.type].peft_words(settings, adapters)
     config = words_of_config(settings, base_model, extra)
     if "target_modules" in config and config["target_modules"] is not None:
@@ -112,7 +115,8 @@ class SavedAdapter:
         """
         with _opened(self.folder / _WEIGHTS) as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
-        adapters = self._at_rank(build(network, self.settings))
+        adapters = build(network, self.settings)
+        serve_at(adapters, self.rank)
         for adapter in adapters:
             adapter.fit(shapes)
         expected = {key: tuple(value.shape) for a in adapters for key, value in a.saved().items()}
@@ -138,13 +142,9 @@ class SavedAdapter:
     def on(self, outline: Adapter, place: nn.Module, network: nn.Module) -> Adapter:
         """An adapter that was built for this network, made again for a module with values, its tensors in it."""
         adapter = type(outline)(place, self.settings, name=outline.name, config=outline.config)
-        self.fill(self._at_rank([adapter]), network)
+        serve_at([adapter], self.rank)
+        self.fill([adapter], network)
         return adapter
-
-    def _at_rank(self, adapters: list[Adapter]) -> list[Adapter]:
-        if self.rank is not None:
-            serve_at(adapters, self.rank)
-        return adapters
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -177,8 +177,6 @@ def read_adapter(folder: Path, *, rank: int | None = None) -> SavedAdapter:
         said: dict[str, str] = file.metadata() or {}
     own = json.loads(said[OWN_FIELD]) if OWN_FIELD in said else None
     settings = settings_of_config(folder / _CONFIG, config, own)
-    if rank is not None:
-        check_rank(settings, rank)
     return SavedAdapter(
         folder,
         settings,
@@ -186,7 +184,7 @@ def read_adapter(folder: Path, *, rank: int | None = None) -> SavedAdapter:
         base_sha256=said.get(_BASE_HASH),
         quantize_base=said.get(_QUANTIZED),
         base_dtype="bf16" if said.get(_BASE_TYPE) == "bf16" else "fp32",
-        rank=rank,
+        rank=rank_to_serve(settings, rank, said.get(_RANK)),
     )
 
 

@@ -18,8 +18,8 @@ def command(word: str) -> click.Command:
 
     @click.command(word, help="Talk with a model; /quit ends it.")
     @sampling_options
-    def chat(model: str, adapter: Path | None, system: str | None, **sampling: Any) -> None:
-        loaded = load_with_adapter(model, adapter)
+    def chat(model: str, adapter: Path | None, rank: int | None, system: str | None, **sampling: Any) -> None:
+        loaded = load_with_adapter(model, adapter, rank)
         messages: tuple[Message, ...] = (Message("system", system),) if system else ()
         for line in _lines():
             messages = (*messages, Message("user", line))

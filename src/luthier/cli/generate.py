@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from luthier.data.examples import Chat, Message
+from luthier.errors import AdapterError
 from luthier.models.adapted import load_adapted
 from luthier.models.load import Model, load
 from luthier.rollout.generate import Sampling, answers
@@ -17,6 +18,7 @@ __all__ = ["command", "load_with_adapter", "sampling_options"]
 _OPTIONS: tuple[Callable[[Callable[..., None]], object], ...] = (
     click.option("--model", default="smollm2-135m", show_default=True, help="The model that answers."),
     click.option("--adapter", type=click.Path(path_type=Path), help="An adapter's folder, PEFT layout."),
+    click.option("--rank", type=click.IntRange(1), help="The rank to serve at, of a DyLoRA. [default: its r]"),
     click.option("--system", help="The system message."),
     click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1)),
     click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 is greedy."),
@@ -32,9 +34,13 @@ def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def load_with_adapter(name: str, adapter: Path | None) -> Model:
-    """The model, with an adapter on it if one is named."""
-    return load(name) if adapter is None else load_adapted(name, adapter)
+def load_with_adapter(name: str, adapter: Path | None, rank: int | None) -> Model:
+    """The model, with an adapter on it if one is named. Raises AdapterError for a rank without an adapter."""
+    if adapter is not None:
+        return load_adapted(name, adapter, rank=rank)
+    if rank is not None:
+        raise AdapterError("--rank is an adapter's; give --adapter too")
+    return load(name)
 
 
 def command(word: str) -> click.Command:
@@ -47,13 +53,14 @@ def command(word: str) -> click.Command:
         prompts: tuple[str, ...],
         model: str,
         adapter: Path | None,
+        rank: int | None,
         system: str | None,
         **sampling: Any,
     ) -> None:
         asked = list(prompts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
         before = (Message("system", system),) if system else ()
         chats = [Chat((*before, Message("user", prompt))) for prompt in asked]
-        for text in answers(load_with_adapter(model, adapter), chats, Sampling(**sampling)):
+        for text in answers(load_with_adapter(model, adapter, rank), chats, Sampling(**sampling)):
             click.echo(text)
 
     return generate

@@ -20,6 +20,7 @@ def command(word: str) -> click.Command:
     @click.option("--model", help="The model that it was trained on. [default: the one that the adapter names]")
     @click.option("--adapter", required=True, type=click.Path(path_type=Path), help="The adapter's folder.")
     @click.option("--output", required=True, type=click.Path(path_type=Path), help="The folder of the merged model.")
+    @click.option("--rank", type=click.IntRange(1), help="The rank to merge at, of a DyLoRA. [default: its r]")
     @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), help="Of the merged weights. [default: as stored]")
     @click.option(
         "--verify/--no-verify",
@@ -28,10 +29,15 @@ def command(word: str) -> click.Command:
         help="Load the result and compare it with model and adapter, which needs memory for the whole model.",
     )
     def merge(
-        model: str | None, adapter: Path, output: Path, dtype: Literal["bf16", "fp32"] | None, verify: bool
+        model: str | None,
+        adapter: Path,
+        output: Path,
+        rank: int | None,
+        dtype: Literal["bf16", "fp32"] | None,
+        verify: bool,
     ) -> None:
         source = resolve(model) if model else _base_of(adapter)
-        merged = merge_into(source, adapter, output, dtype=dtype, verify=verify)
+        merged = merge_into(source, adapter, output, dtype=dtype, verify=verify, rank=rank)
         click.echo(f"{merged.num_layers} layers merged into {merged.folder}")
         if (proof := merged.certificate) is not None:
             click.echo(

@@ -54,13 +54,13 @@ class Certificate:
         (folder / "certificate.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def certify(base: Path, adapter: Path, written: Path, *, rounded: bool) -> Certificate:
+def certify(base: Path, adapter: Path, written: Path, *, rounded: bool, rank: int | None = None) -> Certificate:
     """Compares the model in `written` with that in `base` under the adapter.
 
-    rounded: the written weights have 16 bits.  Raises ExportError where the two differ by more than the rounding may,
-    or by more than half of what the adapter does.
+    rounded: the written weights have 16 bits. rank: the adapter's that was merged, where it has several.  Raises
+    ExportError where the two differ by more than the rounding may, or by more than half of what the adapter does.
     """
-    live, alone = _live(base, adapter)
+    live, alone = _live(base, adapter, rank)
     rounded = rounded or read_adapter(adapter).base_dtype != "fp32"
     other = _logprobs(load(str(written)))
     kl, kl_of_base = _kl(live, other), float(_kl(live, alone).mean())
@@ -80,9 +80,9 @@ def certify(base: Path, adapter: Path, written: Path, *, rounded: bool) -> Certi
     return certificate
 
 
-def _live(base: Path, adapter: Path) -> tuple[Tensor, Tensor]:
+def _live(base: Path, adapter: Path, rank: int | None) -> tuple[Tensor, Tensor]:
     """Log-probabilities under the adapter and without it; the model is gone afterwards."""
-    model = load_adapted(str(base), adapter)
+    model = load_adapted(str(base), adapter, rank=rank)
     model.network.float()
     live = _logprobs(model)
     with adapters_off(model.network):

@@ -80,17 +80,18 @@ def merge_into(
     dtype: Literal["bf16", "fp32"] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     verify: bool = False,
+    rank: int | None = None,
 ) -> Merged:
     """Writes source and adapter as one ordinary model, whole or not at all; peak memory is that of one layer's merge.
 
     dtype: of the weights in the file, by default each tensor's own.  tokenizer: by default the source's.
     verify: loads the result again and compares it with base and adapter; this needs the whole model in memory and is
-    left out, with a warning, where that does not fit.
+    left out, with a warning, where that does not fit. rank: the one to merge at, of an adapter that has several.
     Raises AdapterError if the adapter was made for another model or cannot be merged, ModelError if the model cannot
     be read or written, ExportError if the result is not base and adapter.
     """
     place = Path(destination).expanduser().absolute()
-    saved = read_adapter(adapter)
+    saved = read_adapter(adapter, rank=rank)
     network = _skeleton(source)
     adapters = saved.build(network)
     _refuse_wrong_base(saved, source)
@@ -105,7 +106,7 @@ def merge_into(
         with quiet(), written_whole(place) as beside:
             write_weights(beside, files)
             _write_settings(beside, source, network, tokenizer, dtype)
-            certificate = _certificate(source, adapter, beside, files) if verify else None
+            certificate = _certificate(source, saved, beside, files) if verify else None
     except (OSError, ValueError) as error:  # ValueError: settings that transformers will not write
         raise ModelError(f"{place}: cannot be written ({error}); make room or choose another place") from error
     return Merged(place, len(layers), certificate)
@@ -278,13 +279,13 @@ def _write_settings(
     write_settings(folder, config, generation, tokenizer, dtype=None if dtype is None else DTYPES[dtype])
 
 
-def _certificate(source: ResolvedSource, adapter: Path, folder: Path, files: Files) -> Certificate | None:
+def _certificate(source: ResolvedSource, saved: SavedAdapter, folder: Path, files: Files) -> Certificate | None:
     tensors = [tensor for tensors in files.values() for tensor in tensors]
     num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     if not fits_in_memory(num_parameters):
         logger.warning("no certificate: %.2g parameters in float32 do not fit into free memory", num_parameters)
         return None
     rounded = any(tensor.dtype in _HALVES for tensor in tensors)
-    certificate = certify(source.folder, adapter, folder, rounded=rounded)
+    certificate = certify(source.folder, saved.folder, folder, rounded=rounded, rank=saved.rank)
     certificate.write(folder)
     return certificate
