@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from transformers import Cache
 
 from luthier.adapters.adapted import Base, bare
 from luthier.adapters.base import Adapter, PeftForm, Start
@@ -67,25 +68,28 @@ class Prompt(Adapter):
         """
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None, "a body is called with input_ids or inputs_embeds"
-        mask, positions, cache = (options.get(n) for n in ("attention_mask", "position_ids", "past_key_values"))
-        if mask is not None:
-            options["attention_mask"] = self._lengthened(mask)
-        past = 0 if cache is None else cache.get_seq_length()
-        if past and mask is not None and past + given.shape[1] != mask.shape[1] + self.length:
-            raise AdapterError(f"{self.name}: the cache does not hold the prompt and the text so far; start without it")
-        if positions is not None:
-            options["position_ids"] = positions + self.length
+        cache = options.get("past_key_values")
+        past = 0 if cache is None else self._checked(cache).get_seq_length()
+        if (mask := options.get("attention_mask")) is not None:
+            options["attention_mask"] = self._lengthened(mask, past, given.shape[1])
+        if options.get("position_ids") is not None:
+            options["position_ids"] = options["position_ids"] + self.length
         if past:
             return base(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
         embeds = self.place.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         return self._with_prompt(embeds, segment_lengths, base, options)
 
-    def _lengthened(self, mask: Tensor) -> Tensor:
+    def _checked(self, cache: Cache) -> Cache:
+        if cache.is_compileable:
+            raise AdapterError(f"{self.name}: a cache of fixed size has no room for a prompt; use a dynamic one")
+        return cache
+
+    def _lengthened(self, mask: Tensor, past: int, num_tokens: int) -> Tensor:
+        """The mask [sequences, text so far] with the prompt before the text."""
         if mask.dim() != 2:
-            raise AdapterError(
-                f"{self.name}: a prompt has no room in a cache of fixed size or in a mask of queries and keys; leave "
-                "cache_implementation as it is, and give masks of one row a sequence"
-            )
+            raise AdapterError(f"{self.name}: a prompt lengthens masks of one row a sequence; give such a one")
+        if past and past + num_tokens < mask.shape[1] + self.length:  # more where another prompt stands there too
+            raise AdapterError(f"{self.name}: the cache does not hold the prompt and the text so far; start without it")
         return torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)
 
     def _with_prompt(
