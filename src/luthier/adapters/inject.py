@@ -18,7 +18,9 @@ from luthier.adapters.copies import BiasCopy, BitFit, ModuleCopy
 from luthier.adapters.dora import DoRA
 from luthier.adapters.dylora import DyLoRA
 from luthier.adapters.ia3 import IA3
+from luthier.adapters.loha import LoHa
 from luthier.adapters.lora import LoRA
+from luthier.adapters.new_tokens import TokenRows, numbered, tie_rows
 from luthier.adapters.prompt import Prompt
 from luthier.adapters.targets import Linear, modules_named, named_places
 from luthier.errors import AdapterError
@@ -46,6 +48,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "dora": DoRA,
     "dylora": DyLoRA,
     "ia3": IA3,
+    "loha": LoHa,
     "lora": LoRA,
     "prompt": Prompt,
 }
@@ -56,19 +59,25 @@ DEFAULT_NAME = "default"
 def build(network: nn.Module, settings: AnyAdapter) -> list[Adapter]:
     """The adapters that the settings ask for, on no module yet. Raises AdapterError for what does not fit."""
     config = network.config.get_text_config()  # type: ignore[union-attr,operator]
-    return [kind(module, settings, name=path, config=config) for path, module, kind in _parts(network, settings)]
+    adapters = [kind(module, settings, name=path, config=config) for path, module, kind in _parts(network, settings)]
+    tie_rows(adapters)
+    return adapters
 
 
 def _parts(network: nn.Module, settings: AnyAdapter) -> Iterator[tuple[str, nn.Module, type[Adapter]]]:
     kind = ADAPTERS[settings.type]
     own = kind.places(network, settings)
     yield from ((path, module, kind) for path, module in own.items())
+    rows = TokenRows.places(network, settings)
+    yield from ((path, module, TokenRows) for path, module in rows.items())
     whole = modules_named(network, settings.modules_to_save)
-    if doubly := sorted(own.keys() & whole.keys()):
+    if doubly := sorted((own.keys() | rows.keys()) & whole.keys()):
         raise AdapterError(f"modules_to_save: {doubly[0]} carries the adapter already; leave it out of one of the two")
     yield from ((path, module, ModuleCopy) for path, module in whole.items())
     if settings.type == "bitfit" or getattr(settings, "bias", "none") == "all":
         for path, module in _other_biases(network, own.keys() | whole.keys()):
+            if path in rows:
+                raise AdapterError(f"{path}: its bias cannot be trained beside rows of tokens; set bias: none")
             yield path, module, BitFit if isinstance(module, Linear) else BiasCopy
 
 
@@ -95,7 +104,7 @@ def inject(
     Raises AdapterError for unknown targets, a rank above a layer's size, or a name that is taken; the network is then
     left as it was.
     """
-    adapters = build(network, settings)
+    adapters = build(network, numbered(settings, network))
     share(adapters, network, {})
     for adapter in adapters:
         adapter.initialize(Start(_generator(seed, adapter.name), network, rounding, encode))

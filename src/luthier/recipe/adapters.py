@@ -4,6 +4,7 @@ A further type is one class here and one more member of `_Any`; recipes, flags, 
 unknown types follow from that. `adapter: lora`, `adapter: {r: 8}` and `adapter: {type: lora, r: 8}` all mean LoRA.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
@@ -74,10 +75,27 @@ class AnyAdapter(Settings):
     new_tokens: tuple[Word, ...] = ()
     """Tokens that are added to the vocabulary; their rows of embedding and output layer alone are trained."""
 
+    trainable_token_indices: tuple[Annotated[int, Ge(0)], ...] = ()
+    """Tokens of the vocabulary whose rows of embedding and output layer are trained, by number. With new_tokens it says
+    their numbers, which follow from the tokenizer."""
+
     modules_to_save: tuple[Word, ...] = ()
     """Modules that are trained whole besides, by the end of their names (`lm_head`), and saved with the adapter."""
 
     rate_ratio: ClassVar[float] = 1.0  # by which a stage's usual learning rate is multiplied
+
+    @model_validator(mode="after")
+    def _name_tokens_once(self) -> Self:
+        found = []
+        for field in ("new_tokens", "trainable_token_indices"):
+            values = getattr(self, field)
+            if twice := next((value for i, value in enumerate(values) if value in values[:i]), None):
+                found.append(Problem((field,), f"{json.dumps(twice)} stands there twice; leave one out"))
+        if self.new_tokens and len(self.trainable_token_indices) not in (0, len(self.new_tokens)):
+            found.append(Problem(("trainable_token_indices",), "are not as many as new_tokens; leave it out"))
+        if found:
+            raise Problems(found)
+        return self
 
 
 class _OnLinear(AnyAdapter):
@@ -173,7 +191,7 @@ class DoRA(_LoRALike):
 
 
 class LoHa(LowRank):
-    """h = W x + (alpha / r) (B1 A1 * B2 A2) x        Hyeon-Woo et al. 2021 (FedPara), proposition 1"""
+    """h = W x + (alpha / r) ((A1 B1) * (A2 B2)) x        Hyeon-Woo et al. 2021 (FedPara), proposition 1"""
 
     type: Literal["loha"] = "loha"
     """Products of two low-rank updates, element by element: rank up to r squared."""
