@@ -133,6 +133,10 @@ class Adapter(nn.Module, ABC):
         """Whether `merge` can give one layer for base and adapter."""
         return type(self).merge is not Adapter.merge
 
+    def merged_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what `merge` gives for a weight or a bias of this one."""
+        return shape
+
     def strip(self, weight: Tensor) -> Tensor:
         """The weight [out, in] that is to be quantized under this adapter. Pure."""
         return weight

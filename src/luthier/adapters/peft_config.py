@@ -19,6 +19,7 @@ from luthier.recipe.settings import settings_from
 __all__ = ["OWN_FIELD", "settings_of_config", "words_of_config"]
 
 OWN_FIELD = "luthier"
+_TOKENS = "trainable_token_indices"
 
 _HARMLESS = {  # words of PEFT's that change nothing of what a saved adapter computes
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "megatron_core"),
@@ -55,10 +56,12 @@ def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, 
     """
     if OWN_FIELD in config:
         return _made(path, str(config[OWN_FIELD].get("type")), config[OWN_FIELD])
+    tokens, config = _tokens(path, config), {name: value for name, value in config.items() if name != _TOKENS}
     if own is not None:
         settings = _made(path, str(own.get("type")), own)
         names = config.get("target_modules")
-        if _says_the_same(config, settings) and not isinstance(names, str):
+        same = settings.trainable_token_indices == tokens and _says_the_same(config, settings)
+        if same and not isinstance(names, str):
             return settings if names is None else settings.model_copy(update={"target_modules": tuple(names)})
     word, form = _type_of(path, config)
     known = {*form.fields.values(), *form.fixed, *form.unread, *_HARMLESS}
@@ -73,7 +76,20 @@ def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, 
     names = given.get("target_modules")
     if isinstance(names, str) and names != "all-linear":
         raise AdapterError(f"{path.parent}: asks for target_modules as a pattern, which cannot be read; list the names")
-    return _made(path, word, {"type": word, **given})
+    return _made(path, word, {"type": word, **given, _TOKENS: tokens})
+
+
+def _tokens(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens whose rows are trained; they may be said for each layer, and must be the same for all."""
+    said = config.get(_TOKENS) or ()
+    by_layer = said if isinstance(said, Mapping) else {"": said}
+    lists = {tuple(indices) for indices in by_layer.values()}
+    if len(lists) > 1:
+        raise AdapterError(
+            f"{path.parent}: trains other tokens in {' than in '.join(by_layer)}, which cannot be read; merge it with "
+            "PEFT first"
+        )
+    return next(iter(lists), ())
 
 
 def _says_the_same(config: Mapping[str, Any], settings: AnyAdapter) -> bool:

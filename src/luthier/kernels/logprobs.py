@@ -4,7 +4,8 @@ The output layer of a small model is a quarter of its work and nearly all of its
 words are 400 MB of logits, and as much again for each gradient. Here rows are taken in chunks, and what the backward
 pass needs is formed while a chunk's probabilities are at hand. For a frozen output layer that is one vector a row, so
 nothing is computed twice; where the output layer is trained, a chunk's probabilities are formed a second time in the
-backward pass. Softmax, entropy and gradient of a chunk go over a few rows at a time, which stay in the cache.
+backward pass. Softmax, entropy and gradient of a chunk go over a few rows at a time, which stay in the cache. Rows of
+the output layer that are kept apart from it, as an adapter trains those of new tokens, join it there.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.linear import linear, product
 
-__all__ = ["HeadOptions", "linear_logprobs", "linear_logprobs_plain"]
+__all__ = ["FurtherRows", "HeadOptions", "linear_logprobs", "linear_logprobs_plain"]
 
 CHUNK_BYTES = (
     48 * 2**20
@@ -35,6 +36,46 @@ class HeadOptions:
     chunk_bytes: int = CHUNK_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class FurtherRows:
+    """Rows of the output layer that are kept apart from it.
+
+    rows: [k, hidden]. columns: the token of each, ascending. Those that the output layer has a row for stand for that
+    row; those after them follow it without a gap.
+    """
+
+    rows: Tensor
+    columns: tuple[int, ...]
+
+    def num_replaced(self, num_columns: int) -> int:
+        """How many of them stand for a row of an output layer of this length."""
+        return sum(column < num_columns for column in self.columns)
+
+    def products(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        """h R^T + b, [..., k]; a token has the bias that the output layer has for it, or none."""
+        products = torch.nn.functional.linear(hidden, self.rows.to(hidden.dtype))
+        if bias is None:
+            return products
+        known = list(self.columns[: self.num_replaced(len(bias))])
+        return products + torch.nn.functional.pad(bias[known], (0, len(self.columns) - len(known)))
+
+    def joined(self, others: Tensor, own: Tensor) -> Tensor:
+        """The output layer's products [..., vocabulary] with these rows' [..., k] in their columns."""
+        replaced = self.num_replaced(others.shape[-1])
+        if replaced:
+            columns = torch.tensor(self.columns[:replaced], device=own.device)
+            others = others.index_copy(-1, columns, own[..., :replaced])
+        return torch.cat([others, own[..., replaced:]], -1) if replaced < len(self.columns) else others
+
+    def separated(self, joined: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+        """Of a gradient with respect to what `joined` gives, the parts of the output layer's products and of these."""
+        columns = torch.tensor(self.columns, device=joined.device)
+        own, others = joined.index_select(-1, columns), joined[..., :num_columns]
+        if replaced := self.num_replaced(num_columns):
+            others = others.index_fill(-1, columns[:replaced], 0)
+        return others, own
+
+
 def linear_logprobs_plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
@@ -49,15 +90,23 @@ def linear_logprobs_plain(
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: HeadOptions,
+    *,
+    further: FurtherRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(h W^T + b)[target] and the entropy of the same distribution, in nats.
 
     hidden: [targets, hidden]. weight: [vocabulary, hidden]. bias: [vocabulary] or None. targets: [targets].
-    Returns log-probabilities [targets] (differentiable in hidden, weight and bias) and entropies [targets] (without
-    gradient), both float32, or float64 where hidden is.
+    further: rows that stand for some of the weight's, or follow them.
+    Returns log-probabilities [targets] (differentiable in hidden, weight, bias and the further rows) and entropies
+    [targets] (without gradient), both float32, or float64 where hidden is.
     """
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, targets, options)
+    own = None if further is None else further.products(hidden, bias)
+    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, targets, options, own, further)
     return logprobs, entropy
 
 
@@ -77,32 +126,64 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """A chunk's products with the further rows, [rows, k], which become its gradient in place."""
+
+    products: Tensor
+    further: FurtherRows
+
+    @classmethod
+    def of(cls, products: Tensor | None, further: FurtherRows | None, rows: slice) -> "_Own | None":
+        return None if products is None or further is None else cls(products[rows], further)
+
+    def join(self, products: Tensor, few: slice) -> Tensor:
+        return self.further.joined(products, self.products[few])
+
+    def separate(self, gradient: Tensor, few: slice, num_columns: int) -> Tensor:
+        others, self.products[few] = self.further.separated(gradient, num_columns)
+        return others
+
+
 class _LinearLogprobs(Function):
+    """own: the products with the further rows, [targets, k]; where they come from, autograd knows."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: HeadOptions,
+        own: Tensor | None,
+        further: FurtherRows | None,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         entropy = torch.empty_like(logprobs)
         head_is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         pull = torch.empty_like(hidden) if hidden.requires_grad and not head_is_trained else None
+        kept = own if own is None or pull is None else own.clone()
         for rows in _chunks(len(hidden), len(weight), options.chunk_bytes):
-            products = _products(hidden[rows], weight, bias)
-            logprobs[rows], entropy[rows] = _score(products, targets[rows], options, differentiate=pull is not None)
+            products, part = _products(hidden[rows], weight, bias), _Own.of(kept, further, rows)
+            differentiate = pull is not None
+            logprobs[rows], entropy[rows] = _score(products, targets[rows], options, part, differentiate=differentiate)
             if pull is not None:  # d logprob / d hidden = (onehot(target) - softmax) W
                 pull[rows] = product(products, weight.T)[: len(targets[rows])]
-        ctx.save_for_backward(hidden, weight, bias, targets, pull)
-        ctx.options = options
+        ctx.save_for_backward(hidden, weight, bias, targets, pull, kept)
+        ctx.options, ctx.further = options, further
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, pull = ctx.saved_tensors
+        hidden, weight, bias, targets, pull, own = ctx.saved_tensors
         if pull is not None:
-            return (pull * grad_logprobs[:, None].to(pull.dtype)), None, None, None, None
-        return (*_backward_through_head(ctx, grad_logprobs, hidden, weight, bias, targets), None, None)
+            grads = [None if t is None else t * grad_logprobs[:, None].to(t.dtype) for t in (pull, own)]
+            return grads[0], None, None, None, None, grads[1], None
+        *grads, grad_own = _backward_through_head(ctx, grad_logprobs, hidden, weight, bias, targets, own)
+        return (*grads, None, None, grad_own, None)
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,16 +191,18 @@ def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(torch.nn.functional.pad(hidden, (0, 0, 0, _round_up(len(hidden)) - len(hidden))), weight, bias)
 
 
-def _score(products: Tensor, targets: Tensor, options: HeadOptions, *, differentiate: bool) -> tuple[Tensor, Tensor]:
+def _score(
+    products: Tensor, targets: Tensor, options: HeadOptions, own: _Own | None, *, differentiate: bool
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of the first len(targets) rows. Each row is read once from memory, and where a
-    gradient is wanted written once: `products` then holds d logprob / d product.
+    gradient is wanted written once: `products`, and `own`, then hold d logprob / d product.
     """
     logprobs = torch.empty(len(targets), dtype=_wide(products.dtype), device=products.device)
     entropy = torch.empty_like(logprobs)
     rows = max(1, CACHED_BYTES // (4 * products.shape[1])) if products.device.type == "cpu" else len(products)
     for start in range(0, len(targets), rows):
         few = slice(start, min(start + rows, len(targets)))
-        logits = _logits(products[few], options)
+        logits = _logits(products[few] if own is None else own.join(products[few], few), options)
         target, peak = targets[few, None], logits.amax(-1, keepdim=True)
         minus_softmax = (logits - peak).exp_()
         total = minus_softmax.sum(-1, keepdim=True)
@@ -129,7 +212,8 @@ def _score(products: Tensor, targets: Tensor, options: HeadOptions, *, different
         entropy[few] = (normalizer + (minus_softmax * logits).sum(-1, keepdim=True)).squeeze(-1)
         if differentiate:
             gradient = minus_softmax.scatter_add_(-1, target, torch.ones_like(normalizer))
-            products[few] = _logits_gradient(gradient, logits, options)
+            gradient = _logits_gradient(gradient, logits, options)
+            products[few] = gradient if own is None else own.separate(gradient, few, products.shape[1])
     return logprobs, entropy
 
 
@@ -152,15 +236,22 @@ def _logits_gradient(gradient: Tensor, logits: Tensor, options: HeadOptions) -> 
 
 
 def _backward_through_head(
-    ctx: Any, grad_logprobs: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ctx: Any,
+    grad_logprobs: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    own: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_weight = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if needs_weight else None
     grad_bias = torch.zeros(len(weight), dtype=_wide(weight.dtype), device=weight.device) if needs_bias else None
+    grad_own = None if own is None else own.clone()
     for rows in _chunks(len(hidden), len(weight), ctx.options.chunk_bytes):
-        products = _products(hidden[rows], weight, bias)
-        _score(products, targets[rows], ctx.options, differentiate=True)
+        products, part = _products(hidden[rows], weight, bias), _Own.of(grad_own, ctx.further, rows)
+        _score(products, targets[rows], ctx.options, part, differentiate=True)
         gradient = products[: len(targets[rows])].mul_(grad_logprobs[rows, None])
         if grad_hidden is not None:
             grad_hidden[rows] = product(gradient, weight.T)
@@ -168,5 +259,8 @@ def _backward_through_head(
             grad_weight += gradient.T @ hidden[rows]
         if grad_bias is not None:
             grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
+    if grad_own is not None:
+        grad_own.mul_(grad_logprobs[:, None])
     narrow_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-    return grad_hidden, narrow_weight, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+    narrow_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+    return grad_hidden, narrow_weight, narrow_bias, grad_own

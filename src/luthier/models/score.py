@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from luthier.adapters.new_tokens import further_rows
 from luthier.adapters.targets import decoder
 from luthier.data.batches import TokenBatch
-from luthier.kernels.attention import STREAM_MULTIPLE
+from luthier.kernels.attention import ATTENTION
 from luthier.kernels.logprobs import HeadOptions, linear_logprobs
-from luthier.models.attention import ATTENTION
+from luthier.kernels.streams import STREAM_MULTIPLE
 from luthier.models.load import Model
 
 __all__ = ["Scores", "hidden_states", "score"]
@@ -39,7 +40,9 @@ def score(model: Model | PreTrainedModel, batch: TokenBatch) -> Scores:
     batch = batch.to(network.device)
     hidden = hidden_states(network, batch)[batch.target_index]
     head = network.get_output_embeddings()
-    logprobs, entropy = linear_logprobs(hidden, head.weight, head.bias, batch.target_ids, _head_options(network))
+    logprobs, entropy = linear_logprobs(
+        hidden, head.weight, head.bias, batch.target_ids, _head_options(network), further=further_rows(head)
+    )
     return Scores(logprobs, entropy)
 
 
