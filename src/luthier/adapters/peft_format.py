@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from luthier.adapters.base import Adapter
 from luthier.adapters.dylora import rank_to_serve, serve_at, served_rank
 from luthier.adapters.inject import ADAPTERS, DEFAULT_NAME, adapted_layers, attach, build, share
+from luthier.adapters.new_tokens import token_words
 from luthier.adapters.peft_config import OWN_FIELD, settings_of_config, words_of_config
 from luthier.adapters.targets import Linear, named_places
 from luthier.errors import AdapterError
@@ -53,7 +54,7 @@ def save_adapter(
     metadata = {"format": "pt"} | {word: value for word, value in known.items() if value}
     if rank := served_rank(adapters):
         metadata[_RANK] = str(rank)
-    extra = ADAPTERS[settings.type].peft_words(settings, adapters)
+    extra = {**ADAPTERS[settings.type].peft_words(settings, adapters), **token_words(adapters)}
     config = words_of_config(settings, base_model, extra)
     if "target_modules" in config and config["target_modules"] is not None:
         config["target_modules"] = _short_names(network, [a for a in adapters if type(a) is ADAPTERS[settings.type]])
