@@ -13,7 +13,7 @@ from luthier.adapters.merge import merge_adapters, remove_adapters
 from luthier.adapters.switch import adapters_off
 from luthier.errors import AdapterError
 from luthier.models.attention import ATTENTION, register_attention
-from luthier.recipe.adapters import ADAPTER_SETTINGS, IA3, AdapterSettings, DoRA, LoHa, LoRA
+from luthier.recipe.adapters import ADAPTER_SETTINGS, IA3, AdapterSettings, DoRA, LoHa, LoKr, LoRA
 
 IDS = torch.arange(1, 25).view(2, 12)
 SETTINGS = {
@@ -27,6 +27,7 @@ SETTINGS = {
     "lora_olora": LoRA(r=4, alpha=4, init="olora"),
     "lora_patterns": LoRA(r=4, rank_pattern={"v_proj": 2}, alpha_pattern={"mlp.up_proj": 1}, layers_to_transform=(1,)),
     "loha_patterns": LoHa(r=2, rank_pattern={"v_proj": 6}, alpha_pattern={"mlp.up_proj": 1}),
+    "lokr_thin": LoKr(r=2, decompose_both=True, decompose_factor=8),
     "ia3_on_attention": IA3(target_modules=("q_proj", "o_proj"), layers_to_transform=(1,)),
     "dora_with_bias": DoRA(r=4, bias="lora_only"),
 }

@@ -19,6 +19,7 @@ from luthier.adapters.dora import DoRA
 from luthier.adapters.dylora import DyLoRA
 from luthier.adapters.ia3 import IA3
 from luthier.adapters.loha import LoHa
+from luthier.adapters.lokr import LoKr
 from luthier.adapters.lora import LoRA
 from luthier.adapters.new_tokens import TokenRows, numbered, tie_rows
 from luthier.adapters.prompt import Prompt
@@ -49,6 +50,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "dylora": DyLoRA,
     "ia3": IA3,
     "loha": LoHa,
+    "lokr": LoKr,
     "lora": LoRA,
     "prompt": Prompt,
 }

@@ -210,7 +210,7 @@ class LoHa(LowRank):
 
 
 class LoKr(LowRank):
-    """h = W x + (alpha / r) (C kron B A) x        Yeh et al. 2023 (LyCORIS), section 3.2; Edalati et al. 2022"""
+    """h = W x + (alpha / r) (C kron D) x        Yeh et al. 2023 (LyCORIS), section 3.2; Edalati et al. 2022"""
 
     type: Literal["lokr"] = "lokr"
     """Kronecker products of a small matrix and a low-rank one."""
