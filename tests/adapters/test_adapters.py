@@ -1,7 +1,10 @@
 """The laws that every adapter keeps; a new member of ADAPTERS is tested by existing."""
 
 import re
+from collections.abc import Iterator
+from contextlib import chdir
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +13,31 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.inject import ADAPTERS, adapted_layers, adapter_parameters, inject
 from luthier.adapters.merge import merge_adapters, remove_adapters
+from luthier.adapters.peft_format import save_adapter
 from luthier.adapters.switch import adapters_off
 from luthier.errors import AdapterError
 from luthier.models.attention import ATTENTION, register_attention
-from luthier.recipe.adapters import ADAPTER_SETTINGS, IA3, AdapterSettings, DoRA, LoHa, LoKr, LoRA
+from luthier.recipe.adapters import (
+    ADAPTER_SETTINGS,
+    IA3,
+    AdaLoRA,
+    AdapterFusion,
+    AdapterSettings,
+    Bottleneck,
+    DoRA,
+    DyLoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+)
 
 IDS = torch.arange(1, 25).view(2, 12)
 SETTINGS = {
-    **{kind: ADAPTER_SETTINGS[kind]() for kind in ADAPTERS},
+    **{kind: ADAPTER_SETTINGS[kind]() for kind in ADAPTERS if kind != "fusion"},
+    "fusion": AdapterFusion(adapters=("after_one", "after_two")),
+    "fusion_beside": AdapterFusion(adapters=("beside_one", "beside_two")),
+    "bottleneck_pfeiffer": Bottleneck(size=4, after="feed_forward", activation="gelu"),
+    "bottleneck_parallel": Bottleneck(size=4, parallel=True, scale=4.0, activation="silu"),
     "lora_rank_stabilised": LoRA(r=8, alpha=5, rs_scaling=True, init="gaussian"),
     "lora_on_two_layers": LoRA(r=2, target_modules=("v_proj", "down_proj")),
     "lora_with_biases": LoRA(r=2, bias="lora_only", target_modules=("v_proj",)),
@@ -30,15 +50,38 @@ SETTINGS = {
     "lokr_thin": LoKr(r=2, decompose_both=True, decompose_factor=8),
     "ia3_on_attention": IA3(target_modules=("q_proj", "o_proj"), layers_to_transform=(1,)),
     "dora_with_bias": DoRA(r=4, bias="lora_only"),
+    "adalora_small": AdaLoRA(target_r=1, init_r=3, alpha=2, layers_to_transform=(0,)),
+    "dylora_from_2": DyLoRA(r=6, min_r=2, alpha=3, target_modules=("v_proj", "down_proj")),
 }
-NEVER_MERGED = {"bottleneck", "prefix", "prompt"}  # no change of one weight is what they do
-NO_IDENTITY = {"prefix", "prompt"}  # whatever stands before a text is seen by it
+MEMBERS = {  # of the fusions; made by a fixture
+    "after_one": Bottleneck(size=3, scale=0.5),
+    "after_two": Bottleneck(size=5, activation="gelu"),
+    "beside_one": Bottleneck(size=3, parallel=True),
+    "beside_two": Bottleneck(size=3, parallel=True),
+}
+NEVER_MERGED = {"bottleneck", "fusion", "prefix", "prompt"}  # no change of one weight is what they do
+NO_IDENTITY = {
+    *("prefix", "prompt"),  # whatever stands before a text is seen by it
+    *("fusion", "fusion_beside"),  # starts as the average of trained members, and these do something
+}
 CONSTANTS_IN_BACKWARD = {"dora"}  # the norm, by the paper's section 4.3
 SEEDLESS = {"bitfit", "ia3", "ia3_on_attention", "lora_olora", "lora_pissa"}  # start from the model alone or at 1
 OPEN_START = {"lora_olora": 1e-5, "lora_pissa": 1e-5}  # what is taken off again is so up to the order of sums
 
 
 MERGED = {case: settings for case, settings in SETTINGS.items() if settings.type not in NEVER_MERGED}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The fusions' members, as if trained, in folders of the current one."""
+    with chdir(tmp_path_factory.mktemp("members")):
+        for seed, (name, settings) in enumerate(MEMBERS.items()):
+            model = network()
+            inject(model, settings, seed=seed)
+            perturb(model, seed=seed)
+            save_adapter(model, Path(name), base_model="base")
+        yield
 
 
 @pytest.fixture(params=SETTINGS)

@@ -17,6 +17,7 @@ from luthier.recipe import (
     parse_recipe,
     settings_from_flags,
 )
+from luthier.recipe.adapters import AdapterFusion
 from luthier.recipe.training import Training
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
@@ -38,7 +39,9 @@ loras = st.builds(
     rank_pattern=st.dictionaries(st.sampled_from(["q_proj", "mlp.up_proj"]), counts, max_size=2),
     layers_to_transform=st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=3).map(tuple),
 )
-adapters = st.none() | loras | st.sampled_from([kind() for kind in ADAPTER_SETTINGS.values()])
+plain = [kind() for word, kind in ADAPTER_SETTINGS.items() if word != "fusion"]  # which cannot be without members
+fusions = st.builds(AdapterFusion, adapters=names)
+adapters = st.none() | loras | fusions | st.sampled_from(plain)
 shared: dict[str, Any] = {
     "data": paths | names,
     "eval_data": st.none() | paths | names,

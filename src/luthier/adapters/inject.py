@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from luthier.adapters.adalora import AdaLoRA
 from luthier.adapters.adapted import Adapted, AdaptedLinear
+from luthier.adapters.adapter_fusion import AdapterFusion
 from luthier.adapters.base import Adapter, Start, Step
 from luthier.adapters.bottleneck import Bottleneck
 from luthier.adapters.copies import BiasCopy, BitFit, ModuleCopy
@@ -48,6 +49,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "bottleneck": Bottleneck,
     "dora": DoRA,
     "dylora": DyLoRA,
+    "fusion": AdapterFusion,
     "ia3": IA3,
     "loha": LoHa,
     "lokr": LoKr,

@@ -19,6 +19,7 @@ __all__ = [
     "ADAPTER_SETTINGS",
     "IA3",
     "AdaLoRA",
+    "AdapterFusion",
     "AdapterSettings",
     "AnyAdapter",
     "BitFit",
@@ -349,7 +350,7 @@ class DyLoRA(_OnLinear):
 
 
 class Bottleneck(AnyAdapter):
-    """y + s (U f(D y + d) + u), after a sublayer or beside it        Houlsby et al. 2019, section 2.1; He et al. 2022"""
+    """y + s (U f(D y + d) + u), after a sublayer or beside it        Houlsby et al. 2019, Pfeiffer et al. 2020"""
 
     type: Literal["bottleneck"] = "bottleneck"
     """Small networks with a narrow middle after the sublayers of each block."""
@@ -373,6 +374,41 @@ class Bottleneck(AnyAdapter):
     """The share of the middle that is dropped while training, after the non-linearity."""
 
     rate_ratio: ClassVar[float] = 2.5
+
+
+def _bottleneck_settings(text: str) -> str:
+    try:
+        Bottleneck.model_validate_json(text)
+    except ValidationError:
+        raise ValueError("not the settings of a bottleneck adapter; leave members out to read them anew") from None
+    return text
+
+
+class AdapterFusion(AnyAdapter):
+    """V sum_n w_n z_n, w = softmax_n((Q y)' K z_n), z_n: what bottleneck n makes of y    Pfeiffer et al. 2021, eq. 3"""
+
+    type: Literal["fusion"] = "fusion"
+    """Learned attention over bottleneck adapters that were trained before and stay as they are."""
+
+    adapters: Annotated[tuple[Word, ...], MinLen(2)]
+    """The folders of the bottleneck adapters; once trained, the fusion has them in its own file."""
+
+    members: tuple[Annotated[Word, AfterValidator(_bottleneck_settings)], ...] = ()
+    """The settings of each, as JSON; read from their folders where not given, and kept in the fusion's file."""
+
+    rate_ratio: ClassVar[float] = 0.25
+
+    @property
+    def bottlenecks(self) -> tuple[Bottleneck, ...]:
+        """The members' settings, where they are known."""
+        return tuple(Bottleneck.model_validate_json(text) for text in self.members)
+
+    @model_validator(mode="after")
+    def _know_all_members_or_none(self) -> Self:
+        if self.members and len(self.members) != len(self.adapters):
+            mend = f"there are {len(self.members)} for {len(self.adapters)} adapters; leave them out to read them anew"
+            raise Problems([Problem(("members",), mend)])
+        return self
 
 
 class Prefix(AnyAdapter):
@@ -427,7 +463,8 @@ class BitFit(AnyAdapter):
     rate_ratio: ClassVar[float] = 25.0
 
 
-_Any: TypeAlias = LoRA | DoRA | LoHa | LoKr | VeRA | IA3 | AdaLoRA | DyLoRA | Bottleneck | Prefix | Prompt | BitFit
+_OnLinearLayers: TypeAlias = LoRA | DoRA | LoHa | LoKr | VeRA | IA3 | AdaLoRA | DyLoRA | BitFit
+_Any: TypeAlias = _OnLinearLayers | Bottleneck | AdapterFusion | Prefix | Prompt
 
 ADAPTER_SETTINGS: dict[str, type[AnyAdapter]] = {kind.model_fields["type"].default: kind for kind in branches(_Any)}
 

@@ -87,7 +87,7 @@ def _flag(path: tuple[str, ...], field: FieldInfo) -> Flag:
         annotation=field.annotation,
         default=_default(field),
         help=" ".join((field.description or "").split()),
-        required=field.is_required(),
+        required=field.is_required() and len(path) == 1,  # deeper, only where its type is chosen
         multiple=any(get_origin(kind) in (tuple, dict) for kind in branches(field.annotation)),
         choices=_choices(field.annotation),
     )
