@@ -50,6 +50,8 @@ SETTINGS = {
     "lokr_thin": LoKr(r=2, decompose_both=True, decompose_factor=8),
     "ia3_on_attention": IA3(target_modules=("q_proj", "o_proj"), layers_to_transform=(1,)),
     "dora_with_bias": DoRA(r=4, bias="lora_only"),
+    "adalora_small": AdaLoRA(target_r=1, init_r=3, alpha=20, layers_to_transform=(0,)),
+    "dylora_from_2": DyLoRA(r=6, min_r=2, alpha=3, target_modules=("v_proj", "down_proj")),
     "adalora_small": AdaLoRA(target_r=1, init_r=3, alpha=2, layers_to_transform=(0,)),
     "dylora_from_2": DyLoRA(r=6, min_r=2, alpha=3, target_modules=("v_proj", "down_proj")),
 }
