@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from luthier.adapters.adapted import Adapted, AdaptedLinear, put_back
 from luthier.adapters.base import Adapter
 from luthier.adapters.inject import adapted_layers
+from luthier.adapters.new_tokens import TokenRows
 from luthier.errors import AdapterError
 
 __all__ = ["can_be_merged", "merge_adapters", "refuse_new_bias", "refuse_unmergeable", "remove_adapters"]
@@ -29,11 +30,20 @@ def merge_adapters(network: nn.Module) -> int:
             raise AdapterError(
                 f'{path}: the adapter "{idle[0]}" is switched off, so merging would lose it; switch it on or remove it'
             )
+        _refuse_longer(path, layer)
     with torch.no_grad():
         for path, layer in layers.items():
             _merge(path, layer)
             put_back(network, [layer])
     return len(layers)
+
+
+def _refuse_longer(path: str, layer: Adapted) -> None:
+    if any(isinstance(adapter, TokenRows) and adapter.adds_rows for adapter in layer.adapters.values()):
+        raise AdapterError(
+            f"{path}: rows of new tokens cannot be merged in memory, where the layer has no room for them; merge the "
+            "stored model (`luthier merge`, or `save` in Python)"
+        )
 
 
 def _merge(path: str, layer: Adapted) -> None:

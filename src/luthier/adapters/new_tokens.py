@@ -6,7 +6,7 @@ a copy of the tokenizer, whose next numbers they get; where the embedding has sp
 be among them. Files have the form of PEFT's trainable tokens.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
@@ -23,7 +23,7 @@ from luthier.errors import AdapterError, RecipeError
 from luthier.kernels.logprobs import FurtherRows
 from luthier.recipe.adapters import AnyAdapter
 
-__all__ = ["TokenRows", "further_rows", "numbered", "tie_rows", "token_ids", "token_words", "with_tokens"]
+__all__ = ["TokenRows", "further_rows", "knowing", "numbered", "tie_rows", "token_words", "with_tokens"]
 
 S = TypeVar("S", bound=AnyAdapter)
 
@@ -75,7 +75,7 @@ class TokenRows(Adapter):
         if self.settings.new_tokens:
             self.trainable_tokens_delta.copy_(known[: min(self.indices)].mean(0, dtype=torch.float32))
             return
-        if max(self.indices) >= self.num_rows:
+        if self.adds_rows:
             raise AdapterError(
                 f"trainable_token_indices: {max(self.indices)} is no token of the model, which has {self.num_rows}; "
                 "name tokens that are to be added as new_tokens"
@@ -104,6 +104,11 @@ class TokenRows(Adapter):
         """As the output layer's log-probabilities take them."""
         return FurtherRows(self.trainable_tokens_delta[self.order], tuple(sorted(self.indices)))
 
+    @property
+    def adds_rows(self) -> bool:
+        """Whether any of its tokens has no row in the model."""
+        return max(self.indices) >= self.num_rows
+
     def merged_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (max(shape[0], max(self.indices) + 1), *shape[1:])
 
@@ -123,7 +128,7 @@ class TokenRows(Adapter):
 
     def fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """PEFT may train known tokens in the embedding alone: the output layer then keeps its own rows."""
-        self.is_stored = self.key("trainable_tokens_delta") in shapes or max(self.indices) >= self.num_rows
+        self.is_stored = self.key("trainable_tokens_delta") in shapes or self.adds_rows
 
     def saved(self) -> dict[str, Tensor]:
         return super().saved() if self.is_stored else {}
@@ -162,41 +167,56 @@ def token_words(adapters: Sequence[Adapter]) -> dict[str, object]:
 
 
 def numbered(settings: S, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> S:
-    """The settings with the numbers of their new tokens: the tokenizer's, which knows them, or else the first that the
-    network has no row for. Raises RecipeError where the settings say others.
+    """The settings with the numbers of their new tokens: the tokenizer's, which may not know them yet, or else those
+    that the settings say, or the first that the network has no row for.
+
+    Raises RecipeError where settings and tokenizer differ, or the tokenizer cannot take the tokens.
     """
-    if not settings.new_tokens:
+    tokens, ids = settings.new_tokens, settings.trainable_token_indices
+    if not tokens:
         return settings
-    first = len(network.get_input_embeddings().weight)  # type: ignore[operator]
-    ids = tuple(range(first, first + len(settings.new_tokens)))
     if tokenizer is not None:
-        ids = token_ids(tokenizer, settings.new_tokens)
-    elif settings.trainable_token_indices:
-        return settings
-    if settings.trainable_token_indices not in ((), ids):
-        raise RecipeError(
-            f"trainable_token_indices: the new tokens get the numbers {', '.join(map(str, ids))}; leave it out"
-        )
-    return settings.model_copy(update={"trainable_token_indices": ids})
+        known = tokenizer if tokenizer.get_vocab().keys() >= set(tokens) else with_tokens(tokenizer, tokens)
+        found = _ids(known, tokens)
+        if ids not in ((), found):
+            raise RecipeError(f"trainable_token_indices: the new tokens have the numbers {list(found)}; leave it out")
+        ids = found
+    first = len(network.get_input_embeddings().weight)  # type: ignore[operator]
+    return settings.model_copy(update={"trainable_token_indices": ids or tuple(range(first, first + len(tokens)))})
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
-    """The numbers of tokens that the tokenizer knows. Raises KeyError for others."""
-    vocabulary = tokenizer.get_vocab()
-    return tuple(vocabulary[token] for token in tokens)
-
-
-def with_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Collection[str]) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that reads each of these as one token.
+def with_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer that reads each of these as one token, or the tokenizer itself if there are none.
 
     Raises RecipeError for one that is in the vocabulary already, and for one that would not be read so.
     """
+    if not tokens:
+        return tokenizer
     vocabulary = tokenizer.get_vocab()
     if known := next((token for token in tokens if token in vocabulary), None):
         raise RecipeError(f'new_tokens: "{known}" is in the vocabulary already; leave it out')
     extended = deepcopy(tokenizer)
     extended.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-    for token, index in zip(tokens, token_ids(extended, list(tokens)), strict=True):
+    for token, index in zip(tokens, _ids(extended, tokens), strict=True):
         if index not in extended.encode(token, add_special_tokens=False):
             raise RecipeError(f'new_tokens: "{token}" is not read as one token by this tokenizer; choose another text')
     return extended
+
+
+def knowing(tokenizer: PreTrainedTokenizerBase, settings: AnyAdapter) -> PreTrainedTokenizerBase:
+    """The tokenizer with the new tokens that an adapter was trained with. Raises AdapterError where it would give them
+    other numbers.
+    """
+    tokens, vocabulary = settings.new_tokens, tokenizer.get_vocab()
+    extended = with_tokens(tokenizer, [token for token in tokens if token not in vocabulary])
+    if tokens and _ids(extended, tokens) != settings.trainable_token_indices:
+        raise AdapterError(
+            f"new_tokens: this tokenizer gives them the numbers {list(_ids(extended, tokens))}, and they were trained "
+            f"as {list(settings.trainable_token_indices)}; give the model that the adapter was trained on"
+        )
+    return extended
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
+    vocabulary = tokenizer.get_vocab()
+    return tuple(vocabulary[token] for token in tokens)

@@ -1,12 +1,20 @@
-"""A model loaded with an adapter on it, over a base as the adapter saw it: quantized, if it was trained so."""
+"""A model loaded with an adapter on it, over a base as the adapter saw it: quantized, if it was trained so.
+
+A tokenizer that lies beside the adapter is the one that it was trained with, and goes before the base's.
+"""
 
 from pathlib import Path
 
-from luthier.adapters.peft_format import load_adapter, read_adapter
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from luthier.adapters.new_tokens import knowing
+from luthier.adapters.peft_format import SavedAdapter, load_adapter, read_adapter
+from luthier.errors import AdapterError
 from luthier.models.load import Model, load
 from luthier.models.quantize import quantize_base
+from luthier.models.quiet import quiet
 
-__all__ = ["load_adapted"]
+__all__ = ["load_adapted", "tokenizer_of"]
 
 
 def load_adapted(name: str, adapter: Path, *, rank: int | None = None) -> Model:
@@ -19,4 +27,21 @@ def load_adapted(name: str, adapter: Path, *, rank: int | None = None) -> Model:
     load_adapter(model.network, adapter, rank=rank)
     if saved.quantize_base:
         quantize_base(model.network, saved.quantize_base)
+    model.tokenizer = tokenizer_of(saved, model.tokenizer)
     return model
+
+
+def tokenizer_of(saved: SavedAdapter, base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the adapter, or else its base's, with the new tokens that the adapter has rows for.
+
+    Raises AdapterError where the one beside it cannot be read, or numbers the new tokens otherwise.
+    """
+    tokenizer = base
+    if (saved.folder / "tokenizer_config.json").is_file():
+        try:
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(saved.folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{saved.folder}: its tokenizer cannot be read ({error}); copy it again") from error
+        tokenizer.chat_template = tokenizer.chat_template or base.chat_template
+    return knowing(tokenizer, saved.settings)

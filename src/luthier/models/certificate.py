@@ -60,10 +60,11 @@ def certify(base: Path, adapter: Path, written: Path, *, rounded: bool, rank: in
     rounded: the written weights have 16 bits. rank: the adapter's that was merged, where it has several.  Raises
     ExportError where the two differ by more than the rounding may, or by more than half of what the adapter does.
     """
-    live, alone = _live(base, adapter, rank)
-    rounded = rounded or read_adapter(adapter).base_dtype != "fp32"
-    other = _logprobs(load(str(written)))
-    kl, kl_of_base = _kl(live, other), float(_kl(live, alone).mean())
+    saved = read_adapter(adapter)
+    text = "".join(saved.settings.new_tokens) + _TEXT
+    live, kl_of_base = _live(base, adapter, rank, text)
+    rounded = rounded or saved.base_dtype != "fp32"
+    kl = _kl(live, other := _logprobs(load(str(written)), text))
     certificate = Certificate(
         kl=float(kl.mean()),
         kl_largest=float(kl.max()),
@@ -80,16 +81,19 @@ def certify(base: Path, adapter: Path, written: Path, *, rounded: bool, rank: in
     return certificate
 
 
-def _live(base: Path, adapter: Path, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities under the adapter and without it; the model is gone afterwards."""
+def _live(base: Path, adapter: Path, rank: int | None, text: str) -> tuple[Tensor, float]:
+    """Log-probabilities of the text under the adapter, and how far they are from the base's, mean KL in nats; the base
+    is asked of what it knows, which new tokens are not. The model is gone afterwards.
+    """
     model = load_adapted(str(base), adapter, rank=rank)
     model.network.float()
-    live = _logprobs(model)
+    live = _logprobs(model, text)
+    known = live if text == _TEXT else _logprobs(model, _TEXT)
     with adapters_off(model.network):
-        alone = _logprobs(model)
+        alone = _logprobs(model, _TEXT)
     del model
     gc.collect()  # modules refer to themselves
-    return live, alone
+    return live, float(_kl(known[:, : alone.shape[1]].log_softmax(-1), alone).mean())
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -103,8 +107,8 @@ def fits_in_memory(num_parameters: int) -> bool:
 
 
 @torch.no_grad()
-def _logprobs(model: Model) -> Tensor:
-    """[tokens, vocabulary] over the text, in float64, so that taking the logarithm adds no difference."""
-    ids = torch.tensor([model.tokenizer(_TEXT).input_ids[:_NUM_TOKENS]], device=model.device)
+def _logprobs(model: Model, text: str) -> Tensor:
+    """[tokens, vocabulary] over the text's beginning, in float64, so that taking the logarithm adds no difference."""
+    ids = torch.tensor([model.tokenizer(text).input_ids[:_NUM_TOKENS]], device=model.device)
     logits: Tensor = model.network(ids).logits[0]
     return logits.cpu().double().log_softmax(-1)

@@ -31,10 +31,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.merge import refuse_new_bias
+from luthier.adapters.new_tokens import knowing
 from luthier.adapters.peft_format import SavedAdapter, read_adapter
 from luthier.adapters.targets import linear_targets
 from luthier.errors import AdapterError, ModelError
 from luthier.files import written_whole
+from luthier.models.adapted import tokenizer_of
 from luthier.models.certificate import Certificate, certify, fits_in_memory
 from luthier.models.load import DTYPES
 from luthier.models.quiet import quiet
@@ -84,7 +86,8 @@ def merge_into(
 ) -> Merged:
     """Writes source and adapter as one ordinary model, whole or not at all; peak memory is that of one layer's merge.
 
-    dtype: of the weights in the file, by default each tensor's own.  tokenizer: by default the source's.
+    dtype: of the weights in the file, by default each tensor's own.  tokenizer: by default the one beside the adapter,
+    or else the source's; it gets the adapter's new tokens.
     verify: loads the result again and compares it with base and adapter; this needs the whole model in memory and is
     left out, with a warning, where that does not fit. rank: the one to merge at, of an adapter that has several.
     Raises AdapterError if the adapter was made for another model or cannot be merged, ModelError if the model cannot
@@ -100,12 +103,13 @@ def merge_into(
     names = _stored_names(network, [tensor.name for tensors in stored.values() for tensor in tensors])
     layers = _layers(source, adapters, stored, names)
     wanted = None if dtype is None else _word(DTYPES[dtype])
+    _count_rows(network, adapters)
     files = _merged(stored, layers, _Merging(saved, network, wanted, _quantized(network, saved, names)))
     _check_room(place, files)
     try:
         with quiet(), written_whole(place) as beside:
             write_weights(beside, files)
-            _write_settings(beside, source, network, tokenizer, dtype)
+            _write_settings(beside, source, network, _tokenizer(source, saved, tokenizer), dtype)
             certificate = _certificate(source, saved, beside, files) if verify else None
     except (OSError, ValueError) as error:  # ValueError: settings that transformers will not write
         raise ModelError(f"{place}: cannot be written ({error}); make room or choose another place") from error
@@ -149,8 +153,12 @@ def _quantized(network: PreTrainedModel, saved: SavedAdapter, names: Mapping[str
 def _layers(source: ResolvedSource, adapters: list[Adapter], stored: Files, names: Mapping[str, str]) -> list[_Layer]:
     by_name = {tensor.name: tensor for tensors in stored.values() for tensor in tensors}
     places = {name: by_name[place] for name, place in names.items()}
-    layers = []
+    layers, seen = [], set[frozenset[str]]()
     for adapter in adapters:
+        keys = frozenset(adapter.saved())
+        if keys in seen and f"{adapter.name}.weight" not in places:
+            continue  # tied to a layer that is merged by the same tensors
+        seen.add(keys)
         own = dict(adapter.place.named_parameters(recurse=False))
         for part, expected in own.items():
             found = places.get(f"{adapter.name}.{part}")
@@ -164,6 +172,14 @@ def _layers(source: ResolvedSource, adapters: list[Adapter], stored: Files, name
             adapter.merge(torch.empty(0), None)  # says that it cannot be merged
         layers.append(_Layer(adapter, places[f"{adapter.name}.weight"], places.get(f"{adapter.name}.bias")))
     return layers
+
+
+def _count_rows(network: PreTrainedModel, adapters: list[Adapter]) -> None:
+    """The vocabulary in the configuration is that of the merged embedding."""
+    embedding = network.get_input_embeddings()
+    for adapter in adapters:
+        if adapter.place is embedding:
+            network.config.get_text_config().vocab_size = adapter.merged_shape(tuple(embedding.weight.shape))[0]
 
 
 def _stored_names(network: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
@@ -204,7 +220,8 @@ class _Merging:
         if layer is None and dtype == tensor.dtype and tensor.name not in self.quantized:
             return tensor
         values = partial(self._values, tensor, dtype) if layer is None else partial(self._merge, layer, tensor, dtype)
-        return LazyTensor(tensor.name, dtype, tensor.shape, lambda: _bytes(values().to(_FLOATS[dtype])))
+        shape = tensor.shape if layer is None else layer.adapter.merged_shape(tensor.shape)
+        return LazyTensor(tensor.name, dtype, shape, lambda: _bytes(values().to(_FLOATS[dtype])))
 
     def _merge(self, layer: _Layer, part: LazyTensor, dtype: str) -> Tensor:
         """A layer's weight or bias with the adapter in it; a bias costs a second merge, and no memory in between."""
@@ -262,15 +279,22 @@ def _check_room(place: Path, files: Files) -> None:
         )
 
 
+def _tokenizer(
+    source: ResolvedSource, saved: SavedAdapter, given: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    if given is not None:
+        return knowing(given, saved.settings)
+    base = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    return tokenizer_of(saved, base)
+
+
 def _write_settings(
     folder: Path,
     source: ResolvedSource,
     network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     dtype: str | None,
 ) -> None:
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     stored = (source.folder / "generation_config.json").is_file()
     given = GenerationConfig.from_pretrained(source.folder) if stored else network.generation_config
     config = network.config

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.inject import inject
+from luthier.adapters.new_tokens import numbered, with_tokens
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RecipeError
 from luthier.models.fuse import fuse
@@ -29,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
-    """The stage's sequences, with the template that the settings name."""
+    """The stage's sequences, with the template and the new tokens that the settings name. The model's tokenizer becomes
+    a copy where it gets new tokens.
+    """
+    model.tokenizer = with_tokens(model.tokenizer, () if settings.adapter is None else settings.adapter.new_tokens)
     if isinstance(settings, SFT) and settings.chat_template is not None:
         model.tokenizer.chat_template = _read_template(Path(settings.chat_template))
     stops = model.network.generation_config.eos_token_id
@@ -64,7 +68,7 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
         scheme = settings.quantize_base
         adapters = inject(
             model.network,
-            settings.adapter,
+            numbered(settings.adapter, model.network, model.tokenizer),
             seed=settings.seed,
             rounding=partial(round_trip, scheme=scheme) if scheme else None,
             encode=partial(model.tokenizer.encode, add_special_tokens=False),

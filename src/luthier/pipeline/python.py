@@ -251,6 +251,8 @@ def _train(model: Model, call: _Call, output: Path) -> Summary:
     try:
         _, summary = train(call.word, call.settings, trained, folder, callbacks=listeners, objective=objective)
         settle(model, call.settings, folder, output / "model")
+        if trained.tokenizer is not call.tokenizer:  # it got new tokens
+            model.tokenizer = trained.tokenizer
     except BaseException:
         undo(model, call.settings)
         raise

@@ -100,6 +100,8 @@ def train(
             quantize_base=settings.quantize_base,
             base_dtype=settings.dtype,
         )
+        if settings.adapter.new_tokens:
+            model.tokenizer.save_pretrained(folder / "adapter")
     return prepared, _summary(run, prepared, folder, time.perf_counter() - started)
 
 

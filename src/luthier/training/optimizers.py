@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapters.inject import rate_ratios
+from luthier.adapters.new_tokens import TokenRows
 from luthier.recipe.training import Training
 from luthier.training.precision import Precision, is_narrow
 
@@ -21,7 +22,7 @@ def decays(network: nn.Module) -> dict[str, bool]:
     spared = {
         id(p)
         for module in network.modules()
-        if isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+        if isinstance(module, nn.Embedding | TokenRows) or "norm" in type(module).__name__.lower()
         for p in module.parameters(recurse=False)
     }
     trained = ((name, p) for name, p in network.named_parameters() if p.requires_grad)
