@@ -52,8 +52,6 @@ SETTINGS = {
     "dora_with_bias": DoRA(r=4, bias="lora_only"),
     "adalora_small": AdaLoRA(target_r=1, init_r=3, alpha=20, layers_to_transform=(0,)),
     "dylora_from_2": DyLoRA(r=6, min_r=2, alpha=3, target_modules=("v_proj", "down_proj")),
-    "adalora_small": AdaLoRA(target_r=1, init_r=3, alpha=2, layers_to_transform=(0,)),
-    "dylora_from_2": DyLoRA(r=6, min_r=2, alpha=3, target_modules=("v_proj", "down_proj")),
 }
 MEMBERS = {  # of the fusions; made by a fixture
     "after_one": Bottleneck(size=3, scale=0.5),
