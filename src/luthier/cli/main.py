@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, on
     "pretrain": ("train", "Go on pretraining on plain text."),
     "generate": ("generate", "Answer prompts."),
     "chat": ("chat", "Talk with a model."),
+    "adapters": ("adapters", "Say what each type of adapter costs on a model; fuse several into one."),
     "merge": ("merge", "Merge an adapter into its model."),
     "data": ("data", "Look at data: preview, validate, convert, stats."),
     "plan": ("plan", "Say how much memory a stage will take, and what to change where it does not fit."),

@@ -35,8 +35,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """Stepping by one along rows or columns; what `sum()` sends backward steps by none."""
-    return matrix if 1 in matrix.stride() else matrix.contiguous()
+    """Without gaps, along rows or along columns: oneDNN took 100 times as long for some columns of a matrix as they lie.
+    What `sum()` sends backward has no step at all.
+    """
+    return matrix if matrix.T.is_contiguous() else matrix.contiguous()
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Which of a model's parameters are trained: all, none, or all but some by pattern; and gradient checkpointing."""
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -10,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from luthier.errors import ModelError, RecipeError
+from luthier.quant.linear import QuantizedLinear
 
-__all__ = ["checkpoint_layers", "freeze_all", "train_all_but"]
+__all__ = ["checkpoint_layers", "freeze_all", "train_all_but", "trainable_parameters"]
 
 
 def freeze_all(network: nn.Module) -> None:
@@ -34,6 +36,13 @@ def train_all_but(network: nn.Module, patterns: Sequence[str]) -> None:
             parameters[name].requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
         raise RecipeError("freeze: the patterns leave nothing to train; remove one of them")
+
+
+def trainable_parameters(network: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are; a weight in few bits counts as it was."""
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    stored = sum(math.prod(module.shape) for module in network.modules() if isinstance(module, QuantizedLinear))
+    return trained, sum(p.numel() for p in network.parameters()) + stored
 
 
 def checkpoint_layers(network: PreTrainedModel, every: int) -> None:

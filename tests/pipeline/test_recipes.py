@@ -1,0 +1,85 @@
+"""Every recipe that comes with the package trains, as it is but for the model, the data and the number of steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from luthier.adapters.inject import ADAPTERS
+from luthier.models.adapted import load_adapted
+from luthier.models.load import load
+from luthier.pipeline.run import run_recipe
+from luthier.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes" / "adapters").glob("*.yaml"))
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+STAY_BESIDE = {"bitfit", "bottleneck", "fusion", "prefix", "prompt"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A two-layer model wide enough for every rank, with a byte-level tokenizer and a ChatML template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHATML
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=fast.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=fast.eos_token_id,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def small(recipe: Recipe, base: str, folder: Path) -> Recipe:
+    """The same recipe on the tiny model, on 24 rows and for two steps."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{i}?", "answer": f"{i}{i}."}) + "\n" for i in range(24)))
+    (stage,) = recipe.stages
+    update = {"data": str(rows), "max_steps": 2, "batch_size": 4, "dtype": "fp32"}
+    settings = stage.settings.model_copy(update=update)
+    return Recipe.model_validate(
+        {"model": base, "output": str(folder / "run"), "dtype": "fp32", "stages": [{stage.word: _said(settings)}]}
+    )
+
+
+def _said(settings: object) -> dict[str, object]:
+    said: dict[str, object] = settings.model_dump(exclude={"model", "output"})  # type: ignore[attr-defined]
+    return said
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_and_leaves_a_model_or_an_adapter(path: Path, base: str, tmp_path: Path) -> None:
+    (summary,) = run_recipe(small(load_recipe(path), base, tmp_path))
+    assert summary.steps == 2
+    assert summary.trained_parameters > 0
+    word = load_recipe(path).stages[0].settings.adapter.type  # type: ignore[union-attr]
+    assert (tmp_path / "run" / "model").is_dir() == (word not in STAY_BESIDE)
+    adapted = load_adapted(base, tmp_path / "run" / "00-sft" / "adapter")
+    ids = torch.arange(3, 15)[None]
+    assert not torch.equal(adapted.network(ids).logits[..., :257], load(base).network(ids).logits[..., :257])
+
+
+def test_every_type_has_a_recipe() -> None:
+    recipes = [load_recipe(path).stages[0].settings.adapter for path in RECIPES]
+    assert {adapter.type for adapter in recipes if adapter} == set(ADAPTERS) - {"fusion"}
