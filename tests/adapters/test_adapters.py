@@ -29,6 +29,8 @@ from luthier.recipe.adapters import (
     LoHa,
     LoKr,
     LoRA,
+    Prefix,
+    Prompt,
 )
 
 IDS = torch.arange(1, 25).view(2, 12)
@@ -50,6 +52,8 @@ SETTINGS = {
     "lokr_thin": LoKr(r=2, decompose_both=True, decompose_factor=8),
     "ia3_on_attention": IA3(target_modules=("q_proj", "o_proj"), layers_to_transform=(1,)),
     "dora_with_bias": DoRA(r=4, bias="lora_only"),
+    "prefix_encoded": Prefix(num_virtual_tokens=3, encoder_hidden_size=5),
+    "prompt_at_random": Prompt(num_virtual_tokens=3, init="random"),
     "adalora_small": AdaLoRA(target_r=1, init_r=3, alpha=20, layers_to_transform=(0,)),
     "dylora_from_2": DyLoRA(r=6, min_r=2, alpha=3, target_modules=("v_proj", "down_proj")),
 }
@@ -61,7 +65,7 @@ MEMBERS = {  # of the fusions; made by a fixture
 }
 NEVER_MERGED = {"bottleneck", "fusion", "prefix", "prompt"}  # no change of one weight is what they do
 NO_IDENTITY = {
-    *("prefix", "prompt"),  # whatever stands before a text is seen by it
+    *("prefix", "prefix_encoded", "prompt", "prompt_at_random"),  # whatever stands before a text is seen by it
     *("fusion", "fusion_beside"),  # starts as the average of trained members, and these do something
 }
 CONSTANTS_IN_BACKWARD = {"dora"}  # the norm, by the paper's section 4.3

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels.attention import BLOCK_QUERIES, ragged_attention
+from luthier.kernels.attention import BLOCK_QUERIES, put_prefix, ragged_attention
+from luthier.kernels.streams import put_before_each, take_out
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 SCALE = SIZE**-0.5
@@ -97,3 +98,53 @@ def test_values_may_have_another_head_size_than_keys(dtype: torch.dtype) -> None
     torch.testing.assert_close(wide, torch.cat([narrow, narrow], dim=-1), rtol=0, atol=1e-6)
     wide.sum().backward()
     assert [t.grad.shape for t in (query, key, value)] == [t.shape for t in (query, key, value)]
+
+
+@pytest.mark.parametrize(("dtype", "window"), PATHS, ids=str)
+def test_every_sequence_sees_the_prefix_as_if_it_began_with_it(dtype: torch.dtype, window: int | None) -> None:
+    """The definition: the rows of a longer stream in which the prefix's keys and values stand before each sequence."""
+    num_rows, ours = 3, leaves(dtype)
+    generator = torch.Generator().manual_seed(1)
+    shape = (KEY_HEADS, num_rows, SIZE)
+    prefix = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(2)]
+    exact = [t.detach().double().requires_grad_() for t in (*ours, *prefix)]
+    attended = ragged_attention(*ours, LENGTHS, scale=SCALE, window=window, prefix=(prefix[0], prefix[1]))
+    longer = tuple(num_rows + n for n in LENGTHS)
+    rows = (exact[0].new_ones(HEADS, num_rows, SIZE), *exact[3:])
+    stream = [put_before_each(r[None], t, LENGTHS, dim=2) for r, t in zip(rows, exact[:3], strict=True)]
+    expected = take_out(plain_attention(*stream, longer, window), num_rows, LENGTHS, dim=2)
+    attended.double().square().sum().backward()
+    expected.square().sum().backward()
+    gradients = zip((t.grad for t in (*ours, *prefix)), (t.grad for t in exact), strict=True)
+    for one, other in ((attended, expected), *gradients):
+        bound = TOLERANCE[dtype] * float(other.detach().abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize(("past", "window"), [(0, None), (0, 4), (2, None), (2, 4)])
+def test_a_mask_with_a_prefix_is_the_mask_of_a_longer_text(past: int, window: int | None, additive: bool) -> None:
+    """Three rows of a prefix, `past` tokens in a cache and five queries: the last five rows of one causal mask."""
+    places = torch.arange(3 + past + 5)
+    distance = places[:, None] - places
+    expected = (distance >= 0) & (distance < (window or len(places)))
+    mask = expected[-5:, 3:]
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    key, prefix = torch.ones(2, KEY_HEADS, past + 5, SIZE), torch.zeros(KEY_HEADS, 3, SIZE)
+    keys, _, found = put_prefix(key, key, mask, (prefix, prefix), num_queries=5, past=past, window=window)
+    assert keys[:, :, :, 0].sum(-1).eq(past + 5).all()
+    assert torch.equal(keys[:, :, :3], torch.zeros(2, KEY_HEADS, 3, SIZE))
+    assert torch.equal(found if not additive else found == 0, expected[-5:])
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(5, 5), (1, 5), (1, 1), (3, 5)])
+def test_without_a_mask_a_prefix_is_seen_by_all(num_queries: int, num_keys: int) -> None:
+    """What no mask means: queries from the first token on, or one query that sees all keys."""
+    key, prefix = torch.ones(1, KEY_HEADS, num_keys, SIZE), torch.ones(KEY_HEADS, 2, SIZE)
+    _, _, found = put_prefix(key, key, None, (prefix, prefix), num_queries=num_queries)
+    if num_queries == 1:
+        assert found is None
+        return
+    expected = torch.arange(2 + num_keys) <= torch.arange(num_queries)[:, None] + 2
+    assert torch.equal(found, expected)

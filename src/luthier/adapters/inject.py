@@ -23,6 +23,7 @@ from luthier.adapters.loha import LoHa
 from luthier.adapters.lokr import LoKr
 from luthier.adapters.lora import LoRA
 from luthier.adapters.new_tokens import TokenRows, numbered, tie_rows
+from luthier.adapters.prefix import Prefix
 from luthier.adapters.prompt import Prompt
 from luthier.adapters.targets import Linear, modules_named, named_places
 from luthier.errors import AdapterError
@@ -54,6 +55,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "loha": LoHa,
     "lokr": LoKr,
     "lora": LoRA,
+    "prefix": Prefix,
     "prompt": Prompt,
 }
 

@@ -26,7 +26,8 @@ _HARMLESS = {  # words of PEFT's that change nothing of what a saved adapter com
     *("megatron_config", "module_dropout", "peft_type", "peft_version", "qalora_group_size", "rank_dropout"),
     *("rank_dropout_scale", "revision", "runtime_config", "task_type", "init_weights", "init_lora_weights"),
     *("num_attention_heads", "num_layers", "num_transformer_submodules", "prompt_tuning_init", "token_dim"),
-    *("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"),
+    *("encoder_hidden_size", "prefix_projection", "prompt_tuning_init_text", "tokenizer_kwargs"),
+    *("tokenizer_name_or_path",),
     *("init_ia3_weights", "loftq_config", "eva_config", "corda_config", "layers_pattern", "projection_prng_key"),
 }
 

@@ -6,7 +6,6 @@ the cache holds it, and later tokens stand behind it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from luthier.adapters.adapted import Base, bare
 from luthier.adapters.base import Adapter, PeftForm, Start
 from luthier.adapters.targets import decoder
 from luthier.errors import AdapterError
-from luthier.kernels.attention import STREAM_MULTIPLE
+from luthier.kernels.streams import STREAM_MULTIPLE, put_before_each, take_out
 
 __all__ = ["Prompt", "starting_tokens"]
 
@@ -95,51 +94,22 @@ class Prompt(Adapter):
     def _with_prompt(
         self, embeds: Tensor, segment_lengths: Sequence[int] | None, base: Base, options: dict[str, Any]
     ) -> Any:
-        layout = _Layout(self.length, (embeds.shape[1],))
+        lengths = (embeds.shape[1],) if segment_lengths is None else segment_lengths
+        made_up = 0
         if segment_lengths is not None:
-            layout = _Layout(self.length, segment_lengths, multiple=STREAM_MULTIPLE)
-            options["segment_lengths"] = layout.segment_lengths
+            longer = [self.length + n for n in lengths]
+            made_up = -sum(longer) % STREAM_MULTIPLE
+            options["segment_lengths"] = (*longer[:-1], longer[-1] + made_up)
         if (positions := options.get("position_ids")) is not None:
-            options["position_ids"] = layout.join(torch.arange(self.length, device=positions.device)[None], positions)
-        prompt = self.prompt_embeddings.to(embeds.dtype)[None]
-        output = base(inputs_embeds=layout.join(prompt, embeds), **options)
-        output.last_hidden_state = layout.texts_of(output.last_hidden_state)
+            own = positions.amin(1, keepdim=True) - self.length + torch.arange(self.length, device=positions.device)
+            options["position_ids"] = put_before_each(own, positions, lengths, dim=1, num_behind=made_up)
+        prompt = self.prompt_embeddings.to(embeds.dtype).expand(len(embeds), -1, -1)
+        longer_embeds = put_before_each(prompt, embeds, lengths, dim=1, num_behind=made_up)
+        output = base(inputs_embeds=longer_embeds, **options)
+        output.last_hidden_state = take_out(output.last_hidden_state, self.length, lengths, dim=1)
         if output.hidden_states is not None:
-            output.hidden_states = tuple(layout.texts_of(states) for states in output.hidden_states)
+            output.hidden_states = tuple(take_out(h, self.length, lengths, dim=1) for h in output.hidden_states)
         return output
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """A prompt before each of several texts, and behind the last what makes all of it a multiple of `multiple` long.
-
-    Pieces and not index tensors: where one prompt goes to many places, its gradient is then summed in one order.
-    """
-
-    prompt: int
-    texts: Sequence[int]
-    multiple: int = 1
-
-    @property
-    def made_up(self) -> int:
-        return -(sum(self.texts) + self.prompt * len(self.texts)) % self.multiple
-
-    @property
-    def segment_lengths(self) -> tuple[int, ...]:
-        joined = [self.prompt + text for text in self.texts]
-        return (*joined[:-1], joined[-1] + self.made_up)
-
-    def join(self, prompt: Tensor, texts: Tensor) -> Tensor:
-        """prompt: [1, virtual tokens, ...]. texts: [sequences, tokens, ...]."""
-        rows, _, *rest = texts.shape
-        prompt = prompt.expand(rows, *prompt.shape[1:])
-        pieces = [piece for text in texts.split(list(self.texts), dim=1) for piece in (prompt, text)]
-        return torch.cat([*pieces, texts.new_zeros(rows, self.made_up, *rest)], dim=1)
-
-    def texts_of(self, joined: Tensor) -> Tensor:
-        """The inverse of `join`."""
-        sizes = [size for text in self.texts for size in (self.prompt, text)]
-        return torch.cat(joined.split([*sizes, self.made_up], dim=1)[1::2], dim=1)
 
 
 def starting_tokens(settings: Any, start: Start, *, num_embeddings: int) -> Tensor:

@@ -6,6 +6,7 @@ run as plain matrix products, and the backward pass forms their weights a second
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -14,26 +15,51 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-__all__ = ["STREAM_MULTIPLE", "ragged_attention", "window_mask"]
+from luthier.kernels.streams import put_before_each, take_out
 
-# A CPU compiles its matrix products for each size that it meets and keeps them, 0.6 MB and 2 ms apiece, and blocks of
-# ever new sizes leave holes: 15 steps left 600 MB behind. A GPU's allocator, too, holds what it cannot use again. So
-# who makes a stream makes it a multiple of this long.
-STREAM_MULTIPLE = 32
+__all__ = ["ATTENTION", "KeyValuePrefix", "put_prefix", "ragged_attention", "window_mask"]
+
+ATTENTION = "luthier"  # what transformers knows it by
 
 BLOCK_QUERIES = 128  # on two AVX-512 cores 446 tokens took 9 ms, the fused kernel 15; 1,024 tokens 36 and 43
 BLOCK_MULTIPLE = 32  # each size of a product is compiled once and kept: 2 ms and 0.6 MB
 
 
+@dataclass(frozen=True, slots=True)
+class KeyValuePrefix:
+    """Keys and values that stand before every text, as if of tokens that came first.
+
+    layers: of each layer, both [key heads, virtual tokens, head size]. past: how many tokens of the text are in a
+    cache already.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    past: int = 0
+
+    def of_layer(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer."""
+        keys, values = self.layers[index]
+        return keys.to(dtype), values.to(dtype)
+
+
 def ragged_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, scale: float, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale * Q K^T + causal mask) V for every sequence by itself.
 
     query: [1, heads, tokens, head size]. key, value: [1, key heads, tokens, head size]. lengths: tokens of each
-    sequence, in order, adding up to tokens. window: a token sees itself and the window - 1 before it. Returns like
-    query.
+    sequence, in order, adding up to tokens. window: a token sees itself and the window - 1 before it. prefix: keys
+    and values that stand before every sequence, [key heads, virtual tokens, head size]. Returns like query.
     """
+    if prefix is not None:
+        return _behind_prefix(query, key, value, lengths, scale=scale, window=window, prefix=prefix)
     assert sum(lengths) == query.shape[2], "lengths must add up to the tokens of the stream"
     unbounded = window is None or window >= max(lengths)
     if unbounded and query.device.type == "cpu" and query.dtype == torch.bfloat16:
@@ -45,6 +71,57 @@ def ragged_attention(
         for q, k, v in zip(*(t.split(s, dim=2) for t, s in zip((query, key, value), splits, strict=True)), strict=True)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _behind_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    *,
+    scale: float,
+    window: int | None,
+    prefix: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The prefix has no queries; zeros stand for them, so that every path serves that knows whole sequences alone."""
+    num_rows = prefix[0].shape[1]
+    rows = (query.new_zeros(query.shape[1], num_rows, query.shape[3]), *prefix)
+    q, k, v = (put_before_each(r[None], t, lengths, dim=2) for r, t in zip(rows, (query, key, value), strict=True))
+    attended = ragged_attention(q, k, v, [num_rows + n for n in lengths], scale=scale, window=window)
+    return take_out(attended, num_rows, lengths, dim=2)
+
+
+def put_prefix(
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor],
+    *,
+    num_queries: int,
+    past: int = 0,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask of a padded batch with a prefix before them.
+
+    key, value: [sequences, key heads, keys, head size]. mask: [..., queries, keys], of booleans or added to the scores;
+    None where queries and keys begin with the same token, or for one query that sees all. prefix: [key heads, virtual
+    tokens, head size]. past: tokens before the first query. window: a token sees itself and the window - 1 before it.
+    """
+    num_rows, num_keys, device = prefix[0].shape[1], key.shape[2], key.device
+    key, value = (
+        torch.cat([p.expand(len(t), -1, -1, -1), t], dim=2) for p, t in zip(prefix, (key, value), strict=True)
+    )
+    if mask is None and num_queries == 1 and window is None:
+        return key, value, None
+    if mask is None:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+        mask = mask.tril_() if num_queries > 1 else mask
+    places = torch.arange(num_queries, device=device) + past + num_rows
+    distance = places[:, None] - torch.arange(num_rows, device=device)
+    seen = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
+    if mask.dtype != torch.bool:
+        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=device).masked_fill_(~seen, -torch.inf)
+    return key, value, torch.cat([seen.expand(*mask.shape[:-1], -1), mask], dim=-1)
 
 
 def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:

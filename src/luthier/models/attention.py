@@ -1,22 +1,21 @@
 """Luthier's attention, offered to transformers through its own registry, so that no model is patched.
 
 A forward pass that brings `segment_lengths` along runs ragged attention over a stream of sequences; every other pass
-(generation with a cache, a batch with padding) is handed on to transformers' own attention.
+(generation with a cache, a batch with padding) is handed on to transformers' own attention. Either sees the keys and
+values of a `prefix`, if a pass brings one along.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from luthier.kernels.attention import ragged_attention, window_mask
+from luthier.kernels.attention import ATTENTION, KeyValuePrefix, put_prefix, ragged_attention, window_mask
 
 __all__ = ["ATTENTION", "RAGGED", "register_attention", "supports_ragged"]
-
-ATTENTION = "luthier"
 
 RAGGED = frozenset(
     {
@@ -58,7 +57,7 @@ def _mask(
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -68,15 +67,21 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     segment_lengths: Sequence[int] | None = None,
+    prefix: KeyValuePrefix | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    own = None if prefix is None else prefix.of_layer(module.layer_idx, key.dtype)
     if segment_lengths is None:
         if attention_mask is None and sliding_window is not None and query.shape[2] == key.shape[2]:
             attention_mask = window_mask(query.shape[2], sliding_window, query.device)
+        if prefix is not None and own is not None:
+            key, value, attention_mask = put_prefix(
+                key, value, attention_mask, own, num_queries=query.shape[2], past=prefix.past, window=sliding_window
+            )
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return output, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = ragged_attention(query, key, value, segment_lengths, scale=scale, window=sliding_window)
+    attended = ragged_attention(query, key, value, segment_lengths, scale=scale, window=sliding_window, prefix=own)
     return attended.transpose(1, 2), None

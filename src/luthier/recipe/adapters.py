@@ -411,29 +411,55 @@ class AdapterFusion(AnyAdapter):
         return self
 
 
-class Prefix(AnyAdapter):
+def _customary_init(fields: dict[str, Any]) -> Literal["random", "vocabulary"]:
+    return "vocabulary" if fields.get("encoder_hidden_size") is None else "random"
+
+
+class _Virtual(AnyAdapter):
+    """What adapters that put something before every text know."""
+
+    num_virtual_tokens: Count = 16
+    """How many virtual tokens stand before every text."""
+
+    @model_validator(mode="after")
+    def _name_the_text(self) -> Self:
+        init, init_text = (getattr(self, name) for name in ("init", "init_text"))
+        if (init == "text") != (init_text is not None):
+            mend = "init: text needs one" if init == "text" else "it has an effect with init: text alone"
+            raise Problems([Problem(("init_text",), mend)])
+        return self
+
+
+class Prefix(_Virtual):
     """softmax(q [P_k; K]') [P_v; V] in every attention layer        Li and Liang 2021, section 4"""
 
     type: Literal["prefix"] = "prefix"
     """Learned keys and values before those of the text, in every layer."""
 
-    num_virtual_tokens: Count = 16
-    """How many there are in each layer."""
-
     encoder_hidden_size: Count | None = None
     """Makes them by a two-layer network of this width while training, which is steadier; none trains them as such."""
 
+    init: Literal["random", "text", "vocabulary"] = Field(default_factory=_customary_init)
+    """How they start: at random, which an encoder always does; or as the model's own for init_text, or for random
+    tokens."""
+
+    init_text: Word | None = None
+    """The text whose keys and values they start as, repeated or cut to their number."""
+
     rate_ratio: ClassVar[float] = 50.0
 
+    @model_validator(mode="after")
+    def _start_encoders_at_random(self) -> Self:
+        if self.encoder_hidden_size is not None and self.init != "random":
+            raise Problems([Problem(("init",), "an encoder starts at random; leave init or encoder_hidden_size out")])
+        return self
 
-class Prompt(AnyAdapter):
+
+class Prompt(_Virtual):
     """[P; embed(x)]        Lester et al. 2021, section 2"""
 
     type: Literal["prompt"] = "prompt"
     """Learned embeddings before those of the text."""
-
-    num_virtual_tokens: Count = 16
-    """How many there are."""
 
     init: Literal["random", "text", "vocabulary"] = "vocabulary"
     """How they start: at random, as the embeddings of init_text, or as those of random tokens."""
@@ -442,13 +468,6 @@ class Prompt(AnyAdapter):
     """The text whose embeddings they start as, repeated or cut to their number."""
 
     rate_ratio: ClassVar[float] = 150.0
-
-    @model_validator(mode="after")
-    def _name_the_text(self) -> Self:
-        if (self.init == "text") != (self.init_text is not None):
-            mend = "init: text needs one" if self.init == "text" else "it has an effect with init: text alone"
-            raise Problems([Problem(("init_text",), mend)])
-        return self
 
 
 class BitFit(AnyAdapter):
