@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels.logprobs import HeadOptions, linear_logprobs, linear_logprobs_plain
+from luthier.kernels.logprobs import FurtherRows, HeadOptions, linear_logprobs, linear_logprobs_plain
 
 ROWS, HIDDEN, VOCABULARY = 70, 6, 31
 IN_CHUNKS = HeadOptions(chunk_bytes=4 * VOCABULARY * 20)  # 20 rows of float32 logits, made up to 32: three chunks
@@ -122,3 +122,34 @@ def test_logits_far_apart_give_finite_logprobs_and_no_entropy() -> None:
     logprobs, entropy = linear_logprobs(torch.ones(2, 1), weight, None, torch.tensor([0, 1]), HeadOptions())
     assert logprobs.tolist() == [0.0, -2000.0]
     assert entropy.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("columns", [(VOCABULARY, VOCABULARY + 1), (3, 5), (4, VOCABULARY)], ids=str)
+@pytest.mark.parametrize("trained", [(0, 1), (0,), (1,), (0, 1, 2)], ids=str)
+def test_rows_kept_apart_count_as_if_they_were_in_the_head(
+    options: HeadOptions, columns: tuple[int, ...], trained: tuple[int, ...]
+) -> None:
+    """In float64. trained: of hidden states, rows apart and the head's own weight, which are given a gradient."""
+    hidden, weight, bias, targets = head()
+    leaves = [hidden, weight[:2] * 0.7, weight.clone()]
+    targets[:4] = torch.tensor([columns[0], columns[1], columns[0], 0])
+
+    def dense(hidden: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        longer = torch.cat([weight, weight.new_zeros(2, HIDDEN)]).index_copy(0, torch.tensor(columns), rows)
+        num_columns = max(VOCABULARY, columns[-1] + 1)
+        padded = torch.nn.functional.pad(bias, (0, num_columns - VOCABULARY))
+        return linear_logprobs_plain(hidden, longer[:num_columns], padded, targets, options)
+
+    def apart(hidden: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_logprobs(hidden, weight, bias, targets, options, further=FurtherRows(rows, columns))
+
+    found = []
+    for function in (dense, apart):
+        given = [t.clone().requires_grad_(i in trained) for i, t in enumerate(leaves)]
+        logprobs, entropy = function(*given)
+        (logprobs * torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)).sum().backward()
+        found.append([logprobs.detach(), entropy, *(t.grad for t in given if t.grad is not None)])
+    assert len(found[1]) == 2 + len(trained)
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)

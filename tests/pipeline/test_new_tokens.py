@@ -3,16 +3,18 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import luthier
 from luthier.cli.generate import command
-from luthier.errors import RecipeError
+from luthier.data.templates import stop_token_ids
+from luthier.errors import AdapterError, RecipeError
 from luthier.models.adapted import load_adapted
 from luthier.models.load import load
 from luthier.models.merge import merge_into
@@ -22,7 +24,9 @@ from luthier.pipeline.run import run_recipe
 from luthier.pipeline.train import train
 from luthier.pipeline.verify_loss import verify_loss
 from luthier.pipeline.verify_resume import verify_resume
-from luthier.recipe import Recipe, parse_recipe
+from luthier.pipeline.verify_template import verify_template
+from luthier.recipe import LoRA, Recipe, parse_recipe
+from luthier.recipe.training import SFT
 
 TOKENS = ("<plan>", "of two")
 
@@ -110,6 +114,11 @@ def test_loss_resume_and_plan_hold_with_new_tokens(base: Path, rows: Path, tmp_p
     assert planned.parts["optimizer"] == pytest.approx(2 * 4 * summary.trained_parameters, rel=0.01)
 
 
+def test_what_is_trained_is_served_with_new_tokens(chat_model: Path, rows: Path, tmp_path: Path) -> None:
+    proof = verify_template(recipe(chat_model, rows, tmp_path / "run"))
+    assert proof.num_compared == proof.num_turns == 12
+
+
 def test_the_model_in_memory_has_the_tokens_and_saves_them(base: Path, rows: Path, tmp_path: Path) -> None:
     model = luthier.load(str(base))
     settings = recipe(base, rows, tmp_path / "run").stages[0].settings
@@ -147,3 +156,62 @@ def test_a_token_that_exists_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=sentence.replace("|", r"\|")):
         run_recipe(recipe(chat_model, rows, tmp_path / "run", tokens))
+
+
+def test_tied_layers_that_are_stored_twice_both_get_the_rows(chat_model: Path, rows: Path, tmp_path: Path) -> None:
+    """Some files hold the output layer's weight although it is the embedding's."""
+    model = LlamaForCausalLM.from_pretrained(chat_model)
+    model.config.tie_word_embeddings = True
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained(tmp_path / "base")
+    model.config.save_pretrained(tmp_path / "base")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    run_recipe(recipe(tmp_path / "base", rows, tmp_path / "run"))
+    merged = weights(tmp_path / "run" / "model")
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert len(merged["lm_head.weight"]) == len(state["lm_head.weight"]) + 2
+
+
+def test_known_tokens_are_merged_where_they_were_trained(base: Path, tmp_path: Path) -> None:
+    """PEFT trains them in the embedding alone unless both layers are named or tied."""
+    network = LlamaForCausalLM.from_pretrained(base)
+    theirs = peft.get_peft_model(network, peft.LoraConfig(r=2, trainable_token_indices=[7], target_modules=["v_proj"]))
+    for name, parameter in theirs.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merged = load(str(merge_into(resolve(str(base)), tmp_path / "adapter", tmp_path / "merged").folder))
+    with torch.no_grad():
+        found = [m(torch.tensor([[3, 7, 9]], device=m.device)).logits.cpu() for m in (theirs, merged.network)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+def test_a_base_model_learns_a_template_whose_markers_are_new(chat_model: Path, rows: Path, tmp_path: Path) -> None:
+    """The merged model's generation stops where its answers now end."""
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|done|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )
+    adapter = LoRA(r=2, new_tokens=("<|turn|>", "<|done|>"))
+    settings = {"data": str(rows), "model": str(chat_model), "dtype": "fp32", "max_steps": 2}
+    stage = SFT(**settings, adapter=adapter, chat_template=str(template))
+    model = load(str(chat_model))
+    prepared, _ = train("sft", stage, model, tmp_path / "run")
+    done = model.tokenizer.convert_tokens_to_ids("<|done|>")
+    assert all(done in one.token_ids[one.trained] for one in prepared.train)
+    merged = load(str(merge_into(model.source, tmp_path / "run" / "adapter", tmp_path / "merged").folder))
+    assert done in merged.network.generation_config.eos_token_id
+    assert done in stop_token_ids(merged.tokenizer)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(
+    chat_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    LlamaForCausalLM.from_pretrained(chat_model).save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(AdapterError, match=r"cannot be trained, for the model has \d+ rows"):
+        run_recipe(recipe(tmp_path / "base", rows, tmp_path / "run"))

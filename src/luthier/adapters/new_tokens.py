@@ -123,8 +123,10 @@ class TokenRows(Adapter):
 
     @property
     def optional_keys(self) -> frozenset[str]:  # type: ignore[override]
-        """PEFT may write the whole layers besides; their other rows are the model's own."""
-        return frozenset({f"base_model.model.{self.name}.token_adapter.base_layer.weight"})
+        """PEFT may write the whole layers besides, whose other rows are the model's own, and tied rows twice."""
+        own = f"base_model.model.{self.name}.token_adapter"
+        again = {f"{own}.trainable_tokens_delta"} if self.stored_as != self.name else set()
+        return frozenset({f"{own}.base_layer.weight", *again})
 
     def fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """PEFT may train known tokens in the embedding alone: the output layer then keeps its own rows."""

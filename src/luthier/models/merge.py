@@ -153,12 +153,12 @@ def _quantized(network: PreTrainedModel, saved: SavedAdapter, names: Mapping[str
 def _layers(source: ResolvedSource, adapters: list[Adapter], stored: Files, names: Mapping[str, str]) -> list[_Layer]:
     by_name = {tensor.name: tensor for tensors in stored.values() for tensor in tensors}
     places = {name: by_name[place] for name, place in names.items()}
-    layers, seen = [], set[frozenset[str]]()
+    layers, owners = [], dict[frozenset[str], Adapter]()
     for adapter in adapters:
         keys = frozenset(adapter.saved())
-        if keys in seen and f"{adapter.name}.weight" not in places:
-            continue  # tied to a layer that is merged by the same tensors
-        seen.add(keys)
+        owner = owners.setdefault(keys, adapter)  # of tied layers, the one whose tensors are saved
+        if not keys or (owner is not adapter and f"{adapter.name}.weight" not in places):
+            continue
         own = dict(adapter.place.named_parameters(recurse=False))
         for part, expected in own.items():
             found = places.get(f"{adapter.name}.{part}")
@@ -170,7 +170,7 @@ def _layers(source: ResolvedSource, adapters: list[Adapter], stored: Files, name
                 )
         if "weight" not in own:
             adapter.merge(torch.empty(0), None)  # says that it cannot be merged
-        layers.append(_Layer(adapter, places[f"{adapter.name}.weight"], places.get(f"{adapter.name}.bias")))
+        layers.append(_Layer(owner, places[f"{adapter.name}.weight"], places.get(f"{adapter.name}.bias")))
     return layers
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from luthier.adapters.new_tokens import with_tokens
 from luthier.data.examples import Chat, Origin
 from luthier.data.markers import CUT
 from luthier.data.masks import TrainOn, encode_chat, encode_prompt
@@ -74,6 +75,8 @@ def verify_template(source: Recipe | str, *, saved: Path | None = None) -> Templ
     """
     settings = _settings(source)
     model = load(source.model if isinstance(source, Recipe) else source, dtype="bf16")
+    if settings is not None and settings.adapter is not None:
+        model.tokenizer = with_tokens(model.tokenizer, settings.adapter.new_tokens)
     if settings is not None and settings.chat_template is not None:
         model.tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
