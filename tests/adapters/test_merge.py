@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
-from luthier.adapters.merge import merge_adapters, refuse_new_bias
+from luthier.adapters.merge import adapters_merged, merge_adapters, refuse_new_bias
 from luthier.adapters.switch import adapters_off
 from luthier.errors import AdapterError
-from luthier.recipe.adapters import LoRA
+from luthier.recipe.adapters import Bottleneck, LoRA
 
 
 @pytest.fixture
@@ -53,3 +53,27 @@ def test_a_bias_that_the_architecture_lacks_is_refused() -> None:
         refuse_new_bias("model.layers.0.mlp.up_proj", None, torch.zeros(3))
     refuse_new_bias("model.layers.0.mlp.up_proj", torch.zeros(3), torch.ones(3))
     refuse_new_bias("model.layers.0.mlp.up_proj", None, None)
+
+
+def test_merged_for_a_while_the_weights_come_back_bit_for_bit(network: nn.Module) -> None:
+    """To 1e-5 while merged: one product instead of two."""
+    before, weights = logits(network), {name: value.clone() for name, value in network.state_dict().items()}
+    with adapters_merged(network):
+        torch.testing.assert_close(logits(network), before, rtol=0, atol=1e-5)
+        assert not any(layer.active for layer in adapted_layers(network).values())
+    assert torch.equal(logits(network), before)
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+
+
+def test_what_cannot_be_merged_goes_on_applying_while_the_rest_is_merged(network: nn.Module) -> None:
+    inject(network, Bottleneck(size=4), seed=1, name="second")
+    for parameter in adapter_parameters(network).values():
+        nn.init.normal_(parameter, std=0.2)
+    before = logits(network)
+    with adapters_merged(network):
+        active = {
+            type(layer.adapters[name]).__name__ for layer in adapted_layers(network).values() for name in layer.active
+        }
+        assert active == {"Bottleneck"}
+        torch.testing.assert_close(logits(network), before, rtol=0, atol=1e-5)
+    assert torch.equal(logits(network), before)

@@ -90,10 +90,13 @@ class AdaptedLinear(Adapted):
         return apply
 
     def _by_rows(self, x: Tensor) -> Tensor:
-        """x: [rows, ..., in], or [1, tokens, in] where a stream's tokens are what is assigned."""
+        """x: [rows, ..., in], or [1, tokens, in] where a stream's tokens are what is assigned; what a stream is made up
+        with has no adapter.
+        """
         dim = 1 if x.shape[0] == 1 else 0
+        num_assigned = sum(len(rows) for _, rows in self.rows)
         parts, places = [], []
-        for name, rows in self.rows:
+        for name, rows in (*self.rows, (None, torch.arange(num_assigned, x.shape[dim], device=x.device))):
             given = x.index_select(dim, rows)
             apply = self._apply_all([name] if name is not None and name in self.adapters else [])
             parts.append(apply(given.reshape(-1, x.shape[-1])).view(*given.shape[:-1], -1))

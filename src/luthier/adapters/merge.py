@@ -3,7 +3,9 @@
 Here a network in memory is merged; the weights of a stored model are merged by `models/merge.py`, without loading it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,17 @@ from luthier.adapters.adapted import Adapted, AdaptedLinear, put_back
 from luthier.adapters.base import Adapter
 from luthier.adapters.inject import adapted_layers
 from luthier.adapters.new_tokens import TokenRows
+from luthier.adapters.targets import Linear
 from luthier.errors import AdapterError
 
-__all__ = ["can_be_merged", "merge_adapters", "refuse_new_bias", "refuse_unmergeable", "remove_adapters"]
+__all__ = [
+    "adapters_merged",
+    "can_be_merged",
+    "merge_adapters",
+    "refuse_new_bias",
+    "refuse_unmergeable",
+    "remove_adapters",
+]
 
 
 def merge_adapters(network: nn.Module) -> int:
@@ -46,24 +56,47 @@ def _refuse_longer(path: str, layer: Adapted) -> None:
         )
 
 
+@contextmanager
+def adapters_merged(network: nn.Module) -> Iterator[None]:
+    """The active adapters merged for the time of the context, so that the model is as fast as its base.
+
+    Afterwards the layers are what they were, bit for bit, because the originals are kept: it takes as much memory as
+    the adapted weights. Modules whose adapters cannot be merged go on applying them.
+    """
+    exchanged: list[tuple[Adapted, nn.Module, tuple[str, ...]]] = []
+    try:
+        with torch.no_grad():
+            for layer in adapted_layers(network).values():
+                if layer.active and all(layer.adapters[name].mergeable for name in layer.active):
+                    before = (layer, layer.base, layer.active)
+                    layer.base, layer.active = _plain(layer.base, *layer.merged()), ()
+                    exchanged.append(before)
+        yield
+    finally:
+        for layer, base, active in exchanged:
+            layer.base, layer.active = base, active
+
+
 def _merge(path: str, layer: Adapted) -> None:
     weight, bias = layer.merged()
-    before = getattr(layer.base, "bias", None)
-    refuse_new_bias(path, before, bias)
+    refuse_new_bias(path, getattr(layer.base, "bias", None), bias)
     if isinstance(layer, AdaptedLinear) and not isinstance(layer.base, nn.Linear):
-        layer.base = _dense(weight, bias)
+        layer.base = _plain(layer.base, weight, bias)
         return
     layer.base.weight.copy_(weight)
     if bias is not None:
         layer.base.bias.copy_(bias)
 
 
-def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
+def _plain(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A module as `base` with these parameters; of a quantized layer, a dense one."""
+    parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    parameters |= {} if bias is None else {"bias": nn.Parameter(bias, requires_grad=False)}
+    if isinstance(base, Linear) and not isinstance(base, nn.Linear):
+        base = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta").train(base.training)
+    plain = copy(base)
+    plain._parameters = {**base._parameters, **parameters}
+    return plain
 
 
 def refuse_new_bias(path: str, before: Tensor | None, after: Tensor | None) -> None:
