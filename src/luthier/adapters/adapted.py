@@ -99,7 +99,8 @@ class AdaptedLinear(Adapted):
         for name, rows in (*self.rows, (None, torch.arange(num_assigned, x.shape[dim], device=x.device))):
             given = x.index_select(dim, rows)
             apply = self._apply_all([name] if name is not None and name in self.adapters else [])
-            parts.append(apply(given.reshape(-1, x.shape[-1])).view(*given.shape[:-1], -1))
+            output: Tensor = apply(given.reshape(-1, x.shape[-1]))
+            parts.append(output.view(*given.shape[:-1], output.shape[-1]))
             places.append(rows)
         return torch.cat(parts, dim).index_select(dim, torch.cat(places).argsort())
 
