@@ -390,8 +390,8 @@ class AdapterFusion(AnyAdapter):
     type: Literal["fusion"] = "fusion"
     """Learned attention over bottleneck adapters that were trained before and stay as they are."""
 
-    adapters: Annotated[tuple[Word, ...], MinLen(2)]
-    """The folders of the bottleneck adapters; once trained, the fusion has them in its own file."""
+    adapters: Names
+    """The folders of two or more bottleneck adapters; once trained, the fusion has them in its own file."""
 
     members: tuple[Annotated[Word, AfterValidator(_bottleneck_settings)], ...] = ()
     """The settings of each, as JSON; read from their folders where not given, and kept in the fusion's file."""
@@ -405,9 +405,14 @@ class AdapterFusion(AnyAdapter):
 
     @model_validator(mode="after")
     def _know_all_members_or_none(self) -> Self:
-        if self.members and len(self.members) != len(self.adapters):
-            mend = f"there are {len(self.members)} for {len(self.adapters)} adapters; leave them out to read them anew"
-            raise Problems([Problem(("members",), mend)])
+        num_adapters, num_members, found = len(self.adapters), len(self.members), []
+        if num_adapters < 2:
+            found.append(Problem(("adapters",), "there is nothing to choose from in one; name two folders or more"))
+        if num_members not in (0, num_adapters):
+            mend = f"there are {num_members} for {num_adapters} adapters; leave them out to read them anew"
+            found.append(Problem(("members",), mend))
+        if found:
+            raise Problems(found)
         return self
 
 
