@@ -1,0 +1,91 @@
+"""Every type of adapter on one real task: what it costs, and what it learns in a few hundred steps.
+
+Short rows of GSM8K, SmolLM2-135M in bfloat16, the same rows in the same order for all, default settings but for what
+is named in RUNS. Each run is a command of its own, so its peak memory is its own. A type whose held-out loss does not
+fall below the untouched model's ends the script with exit code 1.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from luthier.training.callbacks import read_metrics
+
+DATA = Path("../shared/data/gsm8k_train.jsonl")
+COMMON = ["--max-length", "144", "--batch-size", "2", "--eval-fraction", "0.06", "--save-every", "none", "--seed", "1"]
+QUANTIZED = ["--quantize-base", "nf4"]
+RUNS: dict[str, list[str]] = {
+    "lora": ["--adapter", "lora"],
+    "dora": ["--adapter", "dora"],
+    "loha": ["--adapter", "loha"],
+    "lokr": ["--adapter", "lokr"],
+    "vera": ["--adapter", "vera"],
+    "ia3": ["--adapter", "ia3"],
+    "adalora": ["--adapter", "adalora"],
+    "dylora": ["--adapter", "dylora"],
+    "bottleneck": ["--adapter", "bottleneck"],
+    "prefix": ["--adapter", "prefix"],
+    "prompt": ["--adapter", "prompt"],
+    "bitfit": ["--adapter", "bitfit"],
+    "lora, pissa": ["--adapter.init", "pissa"],
+    "lora, olora": ["--adapter.init", "olora"],
+    "lora over nf4 (QLoRA)": QUANTIZED,
+    "lora over nf4, loftq": [*QUANTIZED, "--adapter.init", "loftq"],
+    "lora over int8": ["--quantize-base", "int8"],
+}
+
+
+def run(arguments: list[str], steps: int, folder: Path) -> dict[str, float]:
+    """What one run left in its folder."""
+    command = [sys.executable, "-m", "luthier.cli.main", "sft", "--data", str(DATA), *COMMON, *arguments]
+    subprocess.run(
+        [*command, "--max-steps", str(steps), "--eval-every", str(steps), "--output", str(folder)],
+        check=True,
+        capture_output=True,
+    )
+    summary = json.loads((folder / "00-sft" / "summary.json").read_text())
+    metrics = read_metrics(folder / "00-sft" / "metrics.jsonl")
+    return {
+        "trained_parameters": summary["trained_parameters"],
+        "file_bytes": (folder / "00-sft" / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "memory_bytes": max(line["memory_bytes"] for line in metrics if "memory_bytes" in line),
+        "milliseconds_per_step": summary["milliseconds_per_step"],
+        "first_eval_loss": summary["first_eval_loss"],
+        "final_eval_loss": summary["final_eval_loss"],
+    }
+
+
+def row(name: str, found: dict[str, float]) -> str:
+    """One line of the table in README.md."""
+    return (
+        f"| {name} | {found['trained_parameters']:,} | {found['file_bytes'] / 1e6:.2f} MB "
+        f"| {found['memory_bytes'] / 1e9:.2f} GB | {found['milliseconds_per_step']:.0f} ms "
+        f"| {found['first_eval_loss']:.3f} | {found['final_eval_loss']:.3f} |"
+    )
+
+
+def main() -> None:
+    """Runs all, or those that are named, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", action="append", choices=list(RUNS))
+    parser.add_argument("--output", type=Path, help="A JSON file for the numbers; those that it has are not run again.")
+    given = parser.parse_args()
+    results = json.loads(given.output.read_text()) if given.output and given.output.exists() else {}
+    print("| adapter | parameters | file | peak memory | step | loss before | loss after |\n" + "| --- " * 7 + "|")
+    for name in given.only or RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = results.get(name) or run(RUNS[name], given.steps, Path(folder) / "run")
+        print(row(name, results[name]), flush=True)
+        if given.output:
+            given.output.write_text(json.dumps(results, indent=1) + "\n")
+    idle = [name for name, found in results.items() if not found["final_eval_loss"] < found["first_eval_loss"]]
+    if idle:
+        sys.exit(f"learned nothing: {', '.join(idle)}")
+
+
+if __name__ == "__main__":
+    main()
