@@ -53,9 +53,9 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def recipe(base: Path, rows: Path, output: Path, tokens: tuple[str, ...] = TOKENS) -> Recipe:
+def recipe(base: Path, rows: Path, output: Path, tokens: tuple[str, ...] = TOKENS, extra: str = "") -> Recipe:
     adapter = f"{{type: lora, r: 2, new_tokens: {json.dumps(tokens)}}}"
-    settings = f"data: {rows}, adapter: {adapter}, epochs: 2, batch_size: 4, learning_rate: 1e-2, save_every: 2"
+    settings = f"data: {rows}, adapter: {adapter}, epochs: 2, batch_size: 4, learning_rate: 1e-2, save_every: 2{extra}"
     return parse_recipe(f"model: {base}\noutput: {output}\ndtype: fp32\nstages:\n  - sft: {{{settings}}}\n")
 
 
@@ -103,6 +103,14 @@ def test_a_merge_of_the_folder_alone_is_certified_with_the_new_tokens(base: Path
     assert (merged.folder / "model.safetensors").read_bytes() == (
         tmp_path / "run" / "model" / "model.safetensors"
     ).read_bytes()
+
+
+def test_new_tokens_stand_over_a_quantized_base(base: Path, rows: Path, tmp_path: Path) -> None:
+    run_recipe(recipe(base, rows, tmp_path / "run", extra=", quantize_base: nf4"))
+    adapter = tmp_path / "run" / "00-sft" / "adapter"
+    merged = merge_into(resolve(str(base)), adapter, tmp_path / "merged", verify=True)
+    assert merged.certificate is not None
+    assert merged.certificate.kl < 1e-9
 
 
 def test_loss_resume_and_plan_hold_with_new_tokens(base: Path, rows: Path, tmp_path: Path) -> None:
