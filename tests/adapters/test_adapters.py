@@ -31,6 +31,7 @@ from luthier.recipe.adapters import (
     LoRA,
     Prefix,
     Prompt,
+    VeRA,
 )
 
 IDS = torch.arange(1, 25).view(2, 12)
@@ -50,6 +51,7 @@ SETTINGS = {
     "lora_patterns": LoRA(r=4, rank_pattern={"v_proj": 2}, alpha_pattern={"mlp.up_proj": 1}, layers_to_transform=(1,)),
     "loha_patterns": LoHa(r=2, rank_pattern={"v_proj": 6}, alpha_pattern={"mlp.up_proj": 1}),
     "lokr_thin": LoKr(r=2, decompose_both=True, decompose_factor=8),
+    "vera_of_low_rank": VeRA(r=4, projection_seed=1, target_modules=("v_proj", "o_proj", "down_proj")),
     "ia3_on_attention": IA3(target_modules=("q_proj", "o_proj"), layers_to_transform=(1,)),
     "dora_with_bias": DoRA(r=4, bias="lora_only"),
     "prefix_encoded": Prefix(num_virtual_tokens=3, encoder_hidden_size=5),
@@ -69,7 +71,10 @@ NO_IDENTITY = {
     *("fusion", "fusion_beside"),  # starts as the average of trained members, and these do something
 }
 CONSTANTS_IN_BACKWARD = {"dora"}  # the norm, by the paper's section 4.3
-SEEDLESS = {"bitfit", "ia3", "ia3_on_attention", "lora_olora", "lora_pissa"}  # start from the model alone or at 1
+SEEDLESS = {
+    *("bitfit", "lora_olora", "lora_pissa"),  # start from the model's weights alone
+    *("ia3", "ia3_on_attention", "vera", "vera_of_low_rank"),  # at constants; VeRA's pair has a seed of its own
+}
 OPEN_START = {"lora_olora": 1e-5, "lora_pissa": 1e-5}  # what is taken off again is so up to the order of sums
 
 

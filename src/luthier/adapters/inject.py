@@ -26,6 +26,7 @@ from luthier.adapters.new_tokens import TokenRows, numbered, tie_rows
 from luthier.adapters.prefix import Prefix
 from luthier.adapters.prompt import Prompt
 from luthier.adapters.targets import Linear, modules_named, named_places
+from luthier.adapters.vera import VeRA
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AnyAdapter
 
@@ -57,6 +58,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "lora": LoRA,
     "prefix": Prefix,
     "prompt": Prompt,
+    "vera": VeRA,
 }
 
 DEFAULT_NAME = "default"

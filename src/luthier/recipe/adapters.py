@@ -250,6 +250,9 @@ class VeRA(_OnLinear):
     projection_seed: Annotated[int, Ge(0)] = 0
     """The seed of the shared pair, by which it is made anew instead of being stored."""
 
+    save_projection: bool = False
+    """Keeps the shared pair in the adapter's file all the same; PEFT's own files have it."""
+
     rate_ratio: ClassVar[float] = 25.0
 
 
