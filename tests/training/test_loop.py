@@ -248,6 +248,22 @@ def test_adapters_are_called_around_each_step_that_is_taken(run_of: RunOf) -> No
     assert Listening.after == [0, 1, 3, 4, 5]
 
 
+def test_a_step_moves_parameters_by_their_multiple_of_the_scheduled_rate(run_of: RunOf) -> None:
+    """AdamW's first step moves every number by its rate; B, which starts at zero, learns with 16 times A's."""
+    network = run_of().state.network
+    for adapter in (module for module in network.modules() if isinstance(module, LoRA)):
+        adapter.settings = adapter.settings.model_copy(update={"lr_ratio_b": 16.0})
+        nn.init.normal_(adapter.lora_B)
+    before = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+    run = run_of(network=network, learning_rate=1e-3, schedule="constant", adam_epsilon=1e-30)
+    train_step(run)
+    for name, parameter in run.state.trained().items():
+        rate = 1e-3 * (16 if name.endswith("lora_B") else 1)
+        torch.testing.assert_close(
+            (parameter - before[name]).abs(), torch.full_like(parameter, rate), rtol=1e-2, atol=0
+        )
+
+
 def test_what_adapters_add_to_the_loss_counts_once_a_step_however_it_is_cut(run_of: RunOf) -> None:
     class Shrinking(LoRA):
         @classmethod

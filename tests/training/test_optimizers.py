@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.inject import adapter_parameters, inject
-from luthier.recipe.adapters import LoRA
+from luthier.recipe.adapters import DoRA, LoRA
 from luthier.recipe.training import Training
 from luthier.training.optimizers import decays, make_optimizer
 
@@ -59,6 +59,18 @@ def test_the_groups_carry_the_settings() -> None:
     groups = make_optimizer(network(), chosen).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert {(group["lr"], group["betas"], group["eps"]) for group in groups} == {(1e-3, (0.8, 0.95), 1e-6)}
+
+
+def test_parameters_learn_at_the_multiple_of_the_rate_that_their_adapter_asks_for() -> None:
+    """LoRA+'s ratio reaches B alone, DoRA's the magnitudes alone; the schedule multiplies what each group has."""
+    model = network().requires_grad_(False)
+    inject(model, DoRA(r=4, lr_ratio_b=16, lr_ratio_magnitude=0.5), seed=0)
+    ratio_of = {
+        id(p): group["rate_ratio"] for group in make_optimizer(model, settings()).param_groups for p in group["params"]
+    }
+    expected = {"lora_A": 1.0, "lora_B": 16.0, "magnitude": 0.5}
+    for name, parameter in adapter_parameters(model).items():
+        assert ratio_of[id(parameter)] == expected[name.rpartition(".")[2]], name
 
 
 def test_a_step_is_adamws() -> None:

@@ -92,7 +92,7 @@ def _plain(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A module as `base` with these parameters; of a quantized layer, a dense one."""
     parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     parameters |= {} if bias is None else {"bias": nn.Parameter(bias, requires_grad=False)}
-    if isinstance(base, Linear) and not isinstance(base, nn.Linear):
+    if isinstance(base, Linear) and "weight" not in base._parameters:
         base = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta").train(base.training)
     plain = copy(base)
     plain._parameters = {**base._parameters, **parameters}

@@ -13,8 +13,9 @@ from luthier.errors import AdapterError
 from luthier.models.load import Model, load
 from luthier.models.quantize import quantize_base
 from luthier.models.quiet import quiet
+from luthier.models.sources import ResolvedSource
 
-__all__ = ["load_adapted", "tokenizer_of"]
+__all__ = ["load_adapted", "refuse_wrong_base", "tokenizer_of"]
 
 
 def load_adapted(name: str, adapter: Path, *, rank: int | None = None) -> Model:
@@ -24,11 +25,22 @@ def load_adapted(name: str, adapter: Path, *, rank: int | None = None) -> Model:
     """
     saved = read_adapter(adapter, rank=rank)
     model = load(name, dtype=saved.base_dtype if saved.quantize_base else "fp32")
+    refuse_wrong_base(saved, model.source)
     load_adapter(model.network, adapter, rank=rank)
     if saved.quantize_base:
         quantize_base(model.network, saved.quantize_base)
     model.tokenizer = tokenizer_of(saved, model.tokenizer)
     return model
+
+
+def refuse_wrong_base(saved: SavedAdapter, source: ResolvedSource) -> None:
+    """Raises AdapterError if the adapter says that it was trained on other weights than these."""
+    if saved.base_sha256 not in (None, source.weights_hash):
+        named = f" ({saved.base_model})" if saved.base_model else ""
+        raise AdapterError(
+            f"{saved.folder}: made for another model: the weights of {source.name} are not those that it was trained "
+            f"on{named}; give that model"
+        )
 
 
 def tokenizer_of(saved: SavedAdapter, base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

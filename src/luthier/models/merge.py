@@ -34,9 +34,9 @@ from luthier.adapters.merge import refuse_new_bias
 from luthier.adapters.new_tokens import knowing
 from luthier.adapters.peft_format import SavedAdapter, read_adapter
 from luthier.adapters.targets import linear_targets
-from luthier.errors import AdapterError, ModelError
+from luthier.errors import ModelError
 from luthier.files import written_whole
-from luthier.models.adapted import tokenizer_of
+from luthier.models.adapted import refuse_wrong_base, tokenizer_of
 from luthier.models.certificate import Certificate, certify, fits_in_memory
 from luthier.models.load import DTYPES
 from luthier.models.quiet import quiet
@@ -97,7 +97,7 @@ def merge_into(
     saved = read_adapter(adapter, rank=rank)
     network = _skeleton(source)
     adapters = saved.build(network)
-    _refuse_wrong_base(saved, source)
+    refuse_wrong_base(saved, source)
     _refuse_place(place, source, adapter)
     stored = read_weights(source.folder)
     names = _stored_names(network, [tensor.name for tensors in stored.values() for tensor in tensors])
@@ -127,15 +127,6 @@ def _skeleton(source: ResolvedSource) -> PreTrainedModel:
     if "quantization_config" in config.to_dict():
         raise ModelError(f"{source.folder}: is stored quantized; merge into the model that it was made from")
     return network
-
-
-def _refuse_wrong_base(saved: SavedAdapter, source: ResolvedSource) -> None:
-    if saved.base_sha256 not in (None, source.weights_hash):
-        named = f" ({saved.base_model})" if saved.base_model else ""
-        raise AdapterError(
-            f"{saved.folder}: made for another model: the weights of {source.name} are not those that it was trained "
-            f"on{named}; give that model"
-        )
 
 
 def _refuse_place(place: Path, source: ResolvedSource, adapter: Path) -> None:

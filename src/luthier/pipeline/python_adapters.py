@@ -9,7 +9,7 @@ from pathlib import Path
 
 from luthier.adapters import peft_format
 from luthier.adapters.inject import DEFAULT_NAME, inject
-from luthier.models.adapted import tokenizer_of
+from luthier.models.adapted import refuse_wrong_base, tokenizer_of
 from luthier.models.load import Model
 from luthier.models.quantize import quantize_base, quantized_as
 from luthier.models.trainable import freeze_all, trainable_parameters
@@ -38,6 +38,7 @@ def load_adapter(
     is then as it was.
     """
     saved = peft_format.read_adapter(Path(folder), rank=rank)
+    refuse_wrong_base(saved, model.source)
     tokenizer = tokenizer_of(saved, model.tokenizer)
     settings = peft_format.load_adapter(model.network, Path(folder), name=name, rank=rank)
     if saved.quantize_base and not quantized_as(model.network):
