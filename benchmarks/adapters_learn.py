@@ -15,7 +15,7 @@ from pathlib import Path
 from luthier.training.callbacks import read_metrics
 
 DATA = Path("../shared/data/gsm8k_train.jsonl")
-COMMON = ["--max-length", "144", "--batch-size", "2", "--eval-fraction", "0.06", "--save-every", "none", "--seed", "1"]
+COMMON = ["--max-length", "144", "--batch-size", "1", "--eval-fraction", "0.06", "--save-every", "none", "--seed", "1"]
 QUANTIZED = ["--quantize-base", "nf4"]
 RUNS: dict[str, list[str]] = {
     "lora": ["--adapter", "lora"],
