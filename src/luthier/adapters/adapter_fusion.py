@@ -166,7 +166,8 @@ def _read_settings(folder: Path) -> Member:
 
 
 def _beside(settings: AnyAdapter) -> str:
-    return ", ".join(word for word in ("modules_to_save", "new_tokens") if getattr(settings, word))
+    """What every adapter may train besides its own, as far as these settings ask for it."""
+    return ", ".join(word for word in AnyAdapter.model_fields if word != "type" and getattr(settings, word))
 
 
 def _copy_stored(folder: Path, place: str, into: Mapping[str, Tensor], *, scale: float) -> None:
