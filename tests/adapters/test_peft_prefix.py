@@ -27,10 +27,12 @@ LEFT_PADDED = torch.ones(2, 12, dtype=torch.long).index_put((torch.tensor([1]), 
 LENGTHS = (9, 2, 17, 6)
 VIRTUAL = 5
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-NETWORKS = {  # two query heads to a key head; all heads alike; a window shorter than prefix and text
+NETWORKS = {
     "llama": {"num_key_value_heads": 2},
-    "gpt_neox": {},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+    "gpt_neox": {},  # all heads alike
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},  # shorter than prefix and text
+    "cohere2": {"num_key_value_heads": 2},  # a window that is longer
+    "opt": {"dropout": 0.0, "ffn_dim": 48, "word_embed_proj_dim": 32},  # learned positions, counted without padding
 }
 
 
@@ -38,7 +40,13 @@ def network(name: str = "llama", attention: str = ATTENTION) -> PreTrainedModel:
     """Frozen, of random weights."""
     torch.manual_seed(0)
     register_attention()
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": False,
+    }
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = AutoConfig.for_model(name, **sizes, **ends, num_attention_heads=4, **NETWORKS[name])
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().requires_grad_(False)
@@ -141,9 +149,10 @@ def test_generating_with_a_cache_equals_a_plain_loop(name: str, cache: str) -> N
     assert not torch.equal(found, greedy(network(name), IDS))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_a_left_padded_row_generates_what_it_does_alone() -> None:
-    model = prefixed()
+def test_a_left_padded_row_generates_what_it_does_alone(name: str) -> None:
+    model = prefixed(name)
     found = model.generate(IDS, attention_mask=LEFT_PADDED, **GREEDY)
     assert torch.equal(found[1:, 5:], greedy(model, IDS[1:, 5:]))
 

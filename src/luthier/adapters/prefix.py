@@ -19,12 +19,13 @@ from luthier.adapters.prompt import starting_tokens
 from luthier.adapters.starts import gaussian, kaiming_uniform
 from luthier.adapters.targets import decoder
 from luthier.errors import AdapterError
-from luthier.kernels.attention import ATTENTION, KeyValuePrefix
+from luthier.kernels.attention import ATTENTION, KeysAndValues
 from luthier.kernels.linear import linear
 
 __all__ = ["Prefix"]
 
 _FLAT = "prompt_embeddings"
+_COUNT_BY_MASK = ("opt",)  # architectures that pass over padding where no positions are given; others count it
 
 
 class Prefix(Adapter):
@@ -105,7 +106,7 @@ class Prefix(Adapter):
         *,
         base: Base,
         inputs_embeds: Tensor | None = None,
-        prefix: KeyValuePrefix | None = None,
+        prefix: Sequence[KeysAndValues] | None = None,
         **options: Any,
     ) -> Any:
         """As the body: of one stream of sequences or of a padded batch, with a cache or without. options: what else
@@ -114,14 +115,19 @@ class Prefix(Adapter):
         self._refuse_other_attention()
         if prefix is not None:
             raise AdapterError(f"{self.name}: two prefixes are active at once; switch one of them off")
-        cache = options.get("past_key_values")
+        if options.get("position_ids") is None:
+            options["position_ids"] = self._positions(inputs_embeds if input_ids is None else input_ids, options)
+        options["position_ids"] = options["position_ids"] + self.length
+        return base(input_ids=input_ids, inputs_embeds=inputs_embeds, prefix=self._by_layer(), **options)
+
+    def _positions(self, given: Any, options: Mapping[str, Any]) -> Tensor:
+        """What the body would count itself, [sequences or 1, tokens]."""
+        cache, mask = options.get("past_key_values"), options.get("attention_mask")
         past = 0 if cache is None else cache.get_seq_length()
-        given: Any = inputs_embeds if input_ids is None else input_ids
-        if (positions := options.get("position_ids")) is None:
-            positions = torch.arange(given.shape[1], device=given.device)[None] + past
-        own = KeyValuePrefix(self._by_layer(), past)
-        options["position_ids"] = positions + self.length
-        return base(input_ids=input_ids, inputs_embeds=inputs_embeds, prefix=own, **options)
+        if mask is not None and self.config is not None and self.config.model_type in _COUNT_BY_MASK:
+            counted: Tensor = mask.long().cumsum(1) * mask.long() - 1
+            return counted[:, -given.shape[1] :]
+        return torch.arange(given.shape[1], device=given.device)[None] + past
 
     def _prefix(self) -> Tensor:
         """[virtual tokens, layers * 2 * key heads * head size], keys before values."""
@@ -130,7 +136,7 @@ class Prefix(Adapter):
         hidden = torch.tanh(linear(self.embedding, self.hidden_weight, self.hidden_bias))
         return linear(hidden, self.flat_weight, self.flat_bias)
 
-    def _by_layer(self) -> tuple[tuple[Tensor, Tensor], ...]:
+    def _by_layer(self) -> tuple[KeysAndValues, ...]:
         shape = (self.length, 2 * self.num_layers, self.num_heads, self.head_size)
         parts = self._prefix().view(shape).permute(1, 2, 0, 3).unbind(0)
         return tuple(zip(parts[0::2], parts[1::2], strict=True))

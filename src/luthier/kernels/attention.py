@@ -6,7 +6,6 @@ run as plain matrix products, and the backward pass forms their weights a second
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.streams import put_before_each, take_out
 
-__all__ = ["ATTENTION", "KeyValuePrefix", "put_prefix", "ragged_attention", "window_mask"]
+__all__ = ["ATTENTION", "KeysAndValues", "put_prefix", "ragged_attention", "window_mask"]
 
 ATTENTION = "luthier"  # what transformers knows it by
 
@@ -25,21 +24,10 @@ BLOCK_QUERIES = 128  # on two AVX-512 cores 446 tokens took 9 ms, the fused kern
 BLOCK_MULTIPLE = 32  # each size of a product is compiled once and kept: 2 ms and 0.6 MB
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValuePrefix:
-    """Keys and values that stand before every text, as if of tokens that came first.
-
-    layers: of each layer, both [key heads, virtual tokens, head size]. past: how many tokens of the text are in a
-    cache already.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    past: int = 0
-
-    def of_layer(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer."""
-        keys, values = self.layers[index]
-        return keys.to(dtype), values.to(dtype)
+KeysAndValues = tuple[Tensor, Tensor]
+"""Of a prefix: what stands before every text as if of tokens that came first, [key heads, virtual tokens, head size]
+both.
+"""
 
 
 def ragged_attention(
@@ -50,13 +38,13 @@ def ragged_attention(
     *,
     scale: float,
     window: int | None = None,
-    prefix: tuple[Tensor, Tensor] | None = None,
+    prefix: KeysAndValues | None = None,
 ) -> Tensor:
     """softmax(scale * Q K^T + causal mask) V for every sequence by itself.
 
     query: [1, heads, tokens, head size]. key, value: [1, key heads, tokens, head size]. lengths: tokens of each
-    sequence, in order, adding up to tokens. window: a token sees itself and the window - 1 before it. prefix: keys
-    and values that stand before every sequence, [key heads, virtual tokens, head size]. Returns like query.
+    sequence, in order, adding up to tokens. window: a token sees itself and the window - 1 before it. prefix: stands
+    before every sequence. Returns like query.
     """
     if prefix is not None:
         return _behind_prefix(query, key, value, lengths, scale=scale, window=window, prefix=prefix)
@@ -81,7 +69,7 @@ def _behind_prefix(
     *,
     scale: float,
     window: int | None,
-    prefix: tuple[Tensor, Tensor],
+    prefix: KeysAndValues,
 ) -> Tensor:
     """The prefix has no queries; zeros stand for them, so that every path serves that knows whole sequences alone."""
     num_rows = prefix[0].shape[1]
@@ -95,33 +83,37 @@ def put_prefix(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    prefix: tuple[Tensor, Tensor],
+    prefix: KeysAndValues,
     *,
     num_queries: int,
-    past: int = 0,
+    positions: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values and mask of a padded batch with a prefix before them.
 
     key, value: [sequences, key heads, keys, head size]. mask: [..., queries, keys], of booleans or added to the scores;
-    None where queries and keys begin with the same token, or for one query that sees all. prefix: [key heads, virtual
-    tokens, head size]. past: tokens before the first query. window: a token sees itself and the window - 1 before it.
+    None where queries and keys begin with the same token, or for one query that sees all. positions: of the
+    queries behind the prefix, [sequences or 1, queries], needed with a window: a token sees itself and the window - 1
+    before it.
     """
-    num_rows, num_keys, device = prefix[0].shape[1], key.shape[2], key.device
+    num_rows, num_keys = prefix[0].shape[1], key.shape[2]
     key, value = (
         torch.cat([p.expand(len(t), -1, -1, -1), t], dim=2) for p, t in zip(prefix, (key, value), strict=True)
     )
     if mask is None and num_queries == 1 and window is None:
         return key, value, None
     if mask is None:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device)
         mask = mask.tril_() if num_queries > 1 else mask
-    places = torch.arange(num_queries, device=device) + past + num_rows
-    distance = places[:, None] - torch.arange(num_rows, device=device)
-    seen = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
+    mask = mask[(None,) * (4 - mask.dim())]
+    seen = torch.ones(1, 1, num_queries, num_rows, dtype=torch.bool, device=key.device)
+    if window is not None:
+        assert positions is not None, "a window is counted by positions"
+        seen = positions[:, None, :, None] - torch.arange(num_rows, device=key.device) < window
     if mask.dtype != torch.bool:
-        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=device).masked_fill_(~seen, -torch.inf)
-    return key, value, torch.cat([seen.expand(*mask.shape[:-1], -1), mask], dim=-1)
+        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill_(~seen, -torch.inf)
+    rows = torch.broadcast_shapes(seen.shape[:3], mask.shape[:3])
+    return key, value, torch.cat([seen.expand(*rows, -1), mask.expand(*rows, -1)], dim=-1)
 
 
 def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:

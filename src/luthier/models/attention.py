@@ -8,12 +8,13 @@ values of a `prefix`, if a pass brings one along.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from luthier.kernels.attention import ATTENTION, KeyValuePrefix, put_prefix, ragged_attention, window_mask
+from luthier.kernels.attention import ATTENTION, KeysAndValues, put_prefix, ragged_attention, window_mask
 
 __all__ = ["ATTENTION", "RAGGED", "register_attention", "supports_ragged"]
 
@@ -67,21 +68,30 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     segment_lengths: Sequence[int] | None = None,
-    prefix: KeyValuePrefix | None = None,
+    position_ids: Tensor | None = None,
+    prefix: Sequence[KeysAndValues] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    own = None if prefix is None else prefix.of_layer(module.layer_idx, key.dtype)
+    before = None if prefix is None else _cast(prefix[module.layer_idx], key.dtype)
     if segment_lengths is None:
         if attention_mask is None and sliding_window is not None and query.shape[2] == key.shape[2]:
             attention_mask = window_mask(query.shape[2], sliding_window, query.device)
-        if prefix is not None and own is not None:
+        if before is not None:
             key, value, attention_mask = put_prefix(
-                key, value, attention_mask, own, num_queries=query.shape[2], past=prefix.past, window=sliding_window
+                *(key, value, attention_mask, before),
+                num_queries=query.shape[2],
+                positions=position_ids,
+                window=sliding_window,
             )
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return output, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = ragged_attention(query, key, value, segment_lengths, scale=scale, window=sliding_window, prefix=own)
+    attended = ragged_attention(query, key, value, segment_lengths, scale=scale, window=sliding_window, prefix=before)
     return attended.transpose(1, 2), None
+
+
+def _cast(prefix: KeysAndValues, dtype: torch.dtype) -> KeysAndValues:
+    keys, values = prefix
+    return keys.to(dtype), values.to(dtype)
