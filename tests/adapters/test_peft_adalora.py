@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.adapters.adalora import AdaLoRA, budget_at
+from luthier.adapters.adalora import AdaLoRA
 from luthier.adapters.base import Step
 from luthier.adapters.inject import adapted_layers, adapter_parameters, after_step, inject, penalty
 from luthier.adapters.peft_format import load_adapter, save_adapter
+from luthier.adapters.rank_budget import budget_at
 from luthier.recipe.adapters import AdaLoRA as Settings
 
 IDS = torch.arange(1, 25).view(2, 12)

@@ -2,9 +2,9 @@
 
 All layers start with the same rank. A triplet is a row of A, an entry of e and a column of B. While training, the
 importance of every parameter is smoothed over the steps, and at intervals the least important triplets of all layers
-together are set to zero, down to a budget that falls to its target. The numbers are those of PEFT's RankAllocator,
-steps counted from 1. The smoothed importance is kept in buffers, so that a run goes on where it stopped. A file holds
-the triplets that are left; an adapter that is read from one has its ranks for good.
+together are set to zero, down to a budget that falls to its target (`rank_budget.py`). The smoothed importance is kept
+in buffers, so that a run goes on where it stopped. A file holds the triplets that are left; an adapter that is read
+from one has its ranks for good.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,12 @@ from torch.nn import Parameter
 from luthier.adapters.adapted import Base
 from luthier.adapters.base import Adapter, PeftForm, Start, Step
 from luthier.adapters.lora import checked_rank, plus_product
+from luthier.adapters.rank_budget import Importance, budget_at, highest, last_choice
 from luthier.adapters.starts import gaussian
 from luthier.kernels.low_rank import add_low_rank
 from luthier.recipe.adapters import AdaLoRA as Settings
 
-__all__ = ["AdaLoRA", "budget_at"]
+__all__ = ["AdaLoRA"]
 
 _START_STD = 0.02
 _SAID_STEPS = 1000  # PEFT's file counts the phases in steps; here they are shares of however many there are
@@ -63,7 +64,7 @@ class AdaLoRA(Adapter):
             parameter.copy_(gaussian(tuple(parameter.shape), _START_STD, start.generator))
         self.kept = torch.ones(self.r, dtype=torch.bool, device=self.device)
         for name, parameter in self.named_parameters():
-            self.importance[name] = _Importance(parameter)
+            self.importance[name] = Importance(parameter)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         output: Tensor = base(x)
@@ -96,7 +97,7 @@ class AdaLoRA(Adapter):
         if not choosing:
             return
         settings: Settings = choosing[0].settings
-        after_last = step.index + 1 - _last_choice(settings, step)
+        after_last = step.index + 1 - last_choice(settings, step)  # which is missed where a gradient was not finite
         if after_last < 0:
             for adapter in choosing:
                 adapter._observe()
@@ -104,21 +105,21 @@ class AdaLoRA(Adapter):
         if budget is None:
             return
         kept = [adapter.kept for adapter in choosing if adapter.kept is not None]
-        if (
-            after_last <= 0 or int(torch.cat(kept).sum()) > budget
-        ):  # a step whose gradient was not finite may be missing
-            _choose(choosing, budget)
+        if after_last <= 0 or int(torch.cat(kept).sum()) > budget:
+            chosen = highest([adapter.scores() for adapter in choosing], budget)
+            for rows, new in zip(kept, chosen, strict=True):
+                rows.copy_(new)
         for adapter, rows in zip(choosing, kept, strict=True):
             adapter.lora_E.masked_fill_(~rows[:, None], 0)
 
     def _observe(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.grad is not None:
-                smoothed: Any = self.importance[name]
-                smoothed.update(parameter * parameter.grad, self.settings.beta1, self.settings.beta2)
+                importance: Any = self.importance[name]
+                importance.update(parameter * parameter.grad, self.settings.beta1, self.settings.beta2)
 
     def scores(self) -> Tensor:
-        """What each triplet matters: its e's score, and the means of those of its row and its column, [r]. eq. 7"""
+        """How much each triplet matters: its e's score plus the means of its row's and its column's, [r].  eq. 7"""
         importance: Any = self.importance
         a, b, e = (importance[name].scores() for name in ("lora_A", "lora_B", "lora_E"))
         total: Tensor = e[:, 0] + torch.stack([a.mean(1), b.mean(0)], dim=1).sum(1)
@@ -161,55 +162,3 @@ class AdaLoRA(Adapter):
             "tfinal": int(settings.final_ratio * _SAID_STEPS),
             "total_step": _SAID_STEPS,
         }
-
-
-class _Importance(nn.Module):
-    """Of a parameter's entries, while training: I <- beta1 I + (1 - beta1) |p g|, and how unsure that is,
-    U <- beta2 U + (1 - beta2) | |p g| - I |        Zhang et al. 2023, eq. 8 to 10
-    """
-
-    mean: Tensor
-    uncertainty: Tensor
-
-    def __init__(self, parameter: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros_like(parameter.detach()))
-        self.register_buffer("uncertainty", torch.zeros_like(parameter.detach()))
-
-    def update(self, product: Tensor, beta1: float, beta2: float) -> None:
-        sensitivity = product.abs_()
-        self.mean.mul_(beta1).add_(sensitivity, alpha=1 - beta1)
-        self.uncertainty.mul_(beta2).add_(sensitivity.sub_(self.mean).abs_(), alpha=1 - beta2)
-
-    def scores(self) -> Tensor:
-        return self.mean * self.uncertainty
-
-
-def budget_at(settings: Settings, num_layers: int, step: Step) -> int | None:
-    """b = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_f - t_i))^3        Zhang et al. 2023, eq. 12
-
-    The ranks that all layers together shall have left after this step; None where they stay as they are.
-    """
-    number, first, last = step.index + 1, int(settings.warmup_ratio * step.num_steps), _last_choice(settings, step)
-    if number <= first or (number < last and number % settings.prune_every):
-        return None
-    target = settings.target_r * num_layers
-    share = 1 - (min(number, last) - first) / (last - first)
-    return int((settings.init_r * num_layers - target) * share**3 + target)
-
-
-def _last_choice(settings: Settings, step: Step) -> int:
-    """The step, counted from 1, after which the ranks stay."""
-    return step.num_steps - int(settings.final_ratio * step.num_steps)
-
-
-def _choose(adapters: Sequence[AdaLoRA], budget: int) -> None:
-    """Keeps so many triplets, those of the highest scores of all layers."""
-    scores = [adapter.scores() for adapter in adapters]
-    together = torch.cat(scores)
-    if budget == len(together):
-        return
-    threshold = together.kthvalue(len(together) - budget).values
-    for adapter, own in zip(adapters, scores, strict=True):
-        assert adapter.kept is not None
-        adapter.kept.copy_(own > threshold)

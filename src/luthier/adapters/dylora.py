@@ -24,7 +24,7 @@ __all__ = ["DyLoRA", "rank_to_serve", "serve_at", "served_rank", "set_rank"]
 
 
 class DyLoRA(Adapter):
-    """h = W x + (alpha / b) B[:, :b] A[:b] x        Valipour et al. 2023, eq. 5 and 6
+    """h = W x + (alpha / b) B[:, :b] A[:b] x        Valipour et al. 2023, eq. 5
 
     While training, b is drawn evenly from min_r to r, once a step for all layers, and depends on the seed and the step
     alone. Else it is the rank that was chosen, r by default.
