@@ -10,9 +10,17 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from luthier.data.batches import cut
+from luthier.data.prepare import prepare
+from luthier.models.adapted import load_adapted
+from luthier.pipeline.stages import STAGES
+from luthier.recipe import load_recipe
 from luthier.training.callbacks import read_metrics
+from luthier.training.loop import evaluate_loss
 
 DATA = Path("../shared/data/gsm8k_train.jsonl")
 COMMON = ["--max-length", "144", "--batch-size", "1", "--eval-fraction", "0.06", "--save-every", "none", "--seed", "1"]
@@ -38,7 +46,7 @@ RUNS: dict[str, list[str]] = {
 }
 
 
-def run(arguments: list[str], steps: int, folder: Path) -> dict[str, float]:
+def run(arguments: list[str], steps: int, folder: Path) -> dict[str, Any]:
     """What one run left in its folder."""
     command = [sys.executable, "-m", "luthier.cli.main", "sft", "--data", str(DATA), *COMMON, *arguments]
     subprocess.run(
@@ -58,7 +66,18 @@ def run(arguments: list[str], steps: int, folder: Path) -> dict[str, float]:
     }
 
 
-def row(name: str, found: dict[str, float]) -> str:
+def losses_by_rank(folder: Path, ranks: Sequence[int]) -> dict[str, float]:
+    """The held-out loss of one DyLoRA file, served at each of these ranks."""
+    (stage,) = load_recipe(folder / "recipe.yaml").stages
+    losses = {}
+    for rank in ranks:
+        model = load_adapted("smollm2-135m", folder / "00-sft" / "adapter", rank=rank)
+        rows = prepare(stage.settings, model.tokenizer, quarantine=folder / "quarantine.jsonl").evaluation
+        losses[str(rank)] = evaluate_loss(model.network, cut(rows, 512), STAGES["sft"].objective)
+    return losses
+
+
+def row(name: str, found: dict[str, Any]) -> str:
     """One line of the table in README.md."""
     return (
         f"| {name} | {found['trained_parameters']:,} | {found['file_bytes'] / 1e6:.2f} MB "
@@ -78,10 +97,15 @@ def main() -> None:
     print("| adapter | parameters | file | peak memory | step | loss before | loss after |\n" + "| --- " * 7 + "|")
     for name in given.only or RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = results.get(name) or run(RUNS[name], given.steps, Path(folder) / "run")
+            if name not in results:
+                results[name] = run(RUNS[name], given.steps, Path(folder) / "run")
+                if name == "dylora":
+                    results[name]["loss_by_rank"] = losses_by_rank(Path(folder) / "run", (1, 4, 8, 16))
         print(row(name, results[name]), flush=True)
         if given.output:
             given.output.write_text(json.dumps(results, indent=1) + "\n")
+    by_rank = results.get("dylora", {}).get("loss_by_rank", {})
+    print("one dylora file at rank " + ", ".join(f"{rank}: {loss:.3f}" for rank, loss in by_rank.items()))
     idle = [name for name, found in results.items() if not found["final_eval_loss"] < found["first_eval_loss"]]
     if idle:
         sys.exit(f"learned nothing: {', '.join(idle)}")
