@@ -252,3 +252,10 @@ def test_two_prefixes_at_once_are_refused() -> None:
     inject(model, Prefix(num_virtual_tokens=2), seed=0, name="second")
     with pytest.raises(AdapterError, match="model: two prefixes are active at once"):
         model(IDS)
+
+
+def test_an_encoder_starts_at_random_and_says_so() -> None:
+    assert Prefix(encoder_hidden_size=8).init == "random"
+    assert Prefix().init == "vocabulary"
+    with pytest.raises(ValueError, match="an encoder starts at random; leave init or encoder_hidden_size out"):
+        Prefix(encoder_hidden_size=8, init="vocabulary")

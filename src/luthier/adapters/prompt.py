@@ -2,8 +2,8 @@
 
 The adapter sits on the whole body: it lengthens what goes in, and takes the prompt's positions out of what comes back,
 so that nobody else sees that they were there. With a cache, the prompt goes in while the cache is empty; from then on
-the cache holds it, and later tokens stand behind it. In a left-padded batch the padding lies between prompt and text, as
-it does with PEFT, and counts where attention sees a window alone.
+the cache holds it, and later tokens stand behind it. In a left-padded batch the padding lies between prompt and text,
+as it does with PEFT, and counts where attention sees a window alone.
 """
 
 from collections.abc import Sequence
