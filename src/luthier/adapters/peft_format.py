@@ -24,7 +24,7 @@ from luthier.adapters.targets import Linear, named_places
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AnyAdapter
 
-__all__ = ["SavedAdapter", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = ["SavedAdapter", "load_adapter", "read_adapter", "save_adapter", "write_adapter"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE_HASH, _BASE_TYPE, _QUANTIZED = "base_sha256", "base_dtype", "quantize_base"  # in the weights' metadata
@@ -51,7 +51,7 @@ def save_adapter(
     settings: AnyAdapter = adapters[0].settings
     tensors = {key: value.to("cpu").contiguous() for a in adapters for key, value in a.saved().items()}
     known = {_BASE_HASH: base_sha256, _BASE_TYPE: quantize_base and base_dtype, _QUANTIZED: quantize_base}
-    metadata = {"format": "pt"} | {word: value for word, value in known.items() if value}
+    metadata = {word: value for word, value in known.items() if value}
     if rank := served_rank(adapters):
         metadata[_RANK] = str(rank)
     extra = {**ADAPTERS[settings.type].peft_words(settings, adapters), **token_words(adapters)}
@@ -60,10 +60,17 @@ def save_adapter(
         config["target_modules"] = _short_names(network, [a for a in adapters if type(a) is ADAPTERS[settings.type]])
     if OWN_FIELD not in config:
         metadata[OWN_FIELD] = settings.model_dump_json()
+    write_adapter(folder, tensors, config, metadata)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Writes the two files of an adapter. Raises AdapterError where that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _WEIGHTS).write_bytes(_sorted_header(serialize(tensors, metadata)))
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / _WEIGHTS).write_bytes(_sorted_header(serialize(dict(tensors), {"format": "pt", **metadata})))
+        (folder / _CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: cannot be written ({error}); make room or choose another place") from error
 
@@ -146,6 +153,18 @@ class SavedAdapter:
         serve_at([adapter], self.rank)
         self.fill([adapter], network)
         return adapter
+
+
+    def metadata(self) -> dict[str, str]:
+        """What the file of weights says of the base."""
+        with _opened(self.folder / _WEIGHTS) as file:
+            said: dict[str, str] = file.metadata() or {}
+        return {name: said[name] for name in (_BASE_HASH, _BASE_TYPE, _QUANTIZED) if name in said}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is saved, by key."""
+        with _opened(self.folder / _WEIGHTS) as file:
+            return {key: file.get_tensor(key) for key in sorted(file.keys())}
 
 
 class _Tensors(Mapping[str, Tensor]):
