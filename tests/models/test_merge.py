@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.adapters.inject import adapter_parameters, inject
+from luthier.adapters.base import Adapter
+from luthier.adapters.inject import ADAPTERS, adapter_parameters, inject
 from luthier.adapters.merge import merge_adapters
 from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.errors import AdapterError, ExportError, ModelError
@@ -25,7 +26,18 @@ from luthier.models.merge import merge_into
 from luthier.models.save import save
 from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
-from luthier.recipe.adapters import AdapterSettings, LoRA
+from luthier.recipe.adapters import (
+    IA3,
+    AdaLoRA,
+    AdapterSettings,
+    BitFit,
+    DoRA,
+    DyLoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    VeRA,
+)
 
 Factory = Callable[..., PreTrainedModel]
 Saved = Callable[..., Path]
@@ -95,6 +107,39 @@ def test_streaming_equals_merging_in_memory_bit_for_bit(case: Case, base: Saved,
     assert equal(tensors(merged.folder), tensors(whole))
     for file in whole.glob("*.json"):
         assert file.name.endswith("index.json") or file.read_bytes() == (merged.folder / file.name).read_bytes()
+
+
+EVERY_TYPE: dict[str, AdapterSettings] = {
+    "adalora": AdaLoRA(target_r=3, target_modules=("q_proj", "up_proj")),
+    "bitfit": BitFit(target_modules=("q_proj", "v_proj")),
+    "dora": DoRA(r=4, bias="lora_only"),
+    "dylora": DyLoRA(r=4),
+    "ia3": IA3(),
+    "loha": LoHa(r=2),
+    "lokr": LoKr(r=2, target_modules=("o_proj", "down_proj")),
+    "lora": LoRA(r=4, init="pissa", bias="all", modules_to_save=("model.norm",)),
+    "vera": VeRA(r=8, target_modules=("k_proj", "down_proj")),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY_TYPE)
+def test_every_type_that_can_be_merged_is_streamed_as_it_is_in_memory(kind: str, base: Saved, tmp_path: Path) -> None:
+    """To 1e-6: LoRA of the weight's own parts has its factors joined in the file."""
+    place = base("qwen2", shard=SHARDED)
+    adapter = trained(place, EVERY_TYPE[kind])
+    model, before = load(str(place)), tensors(place)
+    load_adapter(model.network, adapter)
+    merge_adapters(model.network)
+    whole = tensors(save(model, tmp_path / "whole"))
+    merged = tensors(merge_into(resolve(str(place)), adapter, tmp_path / "merged").folder)
+    assert whole.keys() == merged.keys()
+    assert not equal(merged, before)
+    for name, value in whole.items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_every_type_that_can_be_merged_has_its_case() -> None:
+    assert set(EVERY_TYPE) == {kind for kind, cls in ADAPTERS.items() if cls.merge is not Adapter.merge}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
