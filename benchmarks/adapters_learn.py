@@ -7,60 +7,61 @@ fall below the untouched model's ends the script with exit code 1.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from luthier.data.batches import cut
 from luthier.data.prepare import prepare
 from luthier.models.adapted import load_adapted
+from luthier.models.load import load
 from luthier.pipeline.stages import STAGES
 from luthier.recipe import load_recipe
 from luthier.training.callbacks import read_metrics
 from luthier.training.loop import evaluate_loss
 
-DATA = Path("../shared/data/gsm8k_train.jsonl")
-COMMON = ["--max-length", "144", "--batch-size", "1", "--eval-fraction", "0.06", "--save-every", "none", "--seed", "1"]
-QUANTIZED = ["--quantize-base", "nf4"]
-RUNS: dict[str, list[str]] = {
-    "lora": ["--adapter", "lora"],
-    "dora": ["--adapter", "dora"],
-    "loha": ["--adapter", "loha"],
-    "lokr": ["--adapter", "lokr"],
-    "vera": ["--adapter", "vera"],
-    "ia3": ["--adapter", "ia3"],
-    "adalora": ["--adapter", "adalora"],
-    "dylora": ["--adapter", "dylora"],
-    "bottleneck": ["--adapter", "bottleneck"],
-    "prefix": ["--adapter", "prefix"],
-    "prompt": ["--adapter", "prompt"],
-    "bitfit": ["--adapter", "bitfit"],
-    "lora, pissa": ["--adapter.init", "pissa"],
-    "lora, olora": ["--adapter.init", "olora"],
-    "lora over nf4 (QLoRA)": QUANTIZED,
-    "lora over nf4, loftq": [*QUANTIZED, "--adapter.init", "loftq"],
-    "lora over int8": ["--quantize-base", "int8"],
+MODEL = "smollm2-135m"
+DATA, NUM_ROWS, MAX_LENGTH = Path("../shared/data/gsm8k_train.jsonl"), 500, 144
+SETTINGS = {"max_length": MAX_LENGTH, "batch_size": 1, "eval_fraction": 0.08, "eval_every": 1000, "save_every": None}
+NF4 = {"quantize_base": "nf4"}
+RUNS: dict[str, dict[str, object]] = {
+    **{kind: {"adapter": kind} for kind in ("lora", "dora", "loha", "lokr", "vera", "ia3", "adalora", "dylora")},
+    **{kind: {"adapter": kind} for kind in ("bottleneck", "prefix", "prompt", "bitfit")},
+    "lora, pissa": {"adapter": {"init": "pissa"}},
+    "lora over nf4 (QLoRA)": NF4,
+    "lora over nf4, loftq": {**NF4, "adapter": {"init": "loftq"}},
+    "lora over int8": {"quantize_base": "int8"},
 }
 
 
-def run(arguments: list[str], steps: int, folder: Path) -> dict[str, Any]:
-    """What one run left in its folder."""
-    command = [sys.executable, "-m", "luthier.cli.main", "sft", "--data", str(DATA), *COMMON, *arguments]
-    subprocess.run(
-        [*command, "--max-steps", str(steps), "--eval-every", str(steps), "--output", str(folder)],
-        check=True,
-        capture_output=True,
-    )
+def short_rows(place: Path) -> None:
+    """The first rows of the data that fit, for all runs."""
+    tokenizer = load(MODEL).tokenizer
+    lines = DATA.read_text().splitlines()
+    fitting = (
+        line for line in lines if len(tokenizer(line).input_ids) < MAX_LENGTH - 20
+    )  # the template takes the rest
+    place.write_text("".join(f"{line}\n" for line in islice(fitting, NUM_ROWS)))
+
+
+def run(name: str, steps: int, rows: Path, folder: Path) -> dict[str, Any]:
+    """What one run left in its folder; the run has a process of its own."""
+    stage = {"data": str(rows), **SETTINGS, **RUNS[name], "max_steps": steps}
+    recipe = {"model": MODEL, "output": str(folder), "seed": 1, "stages": [{"sft": stage}]}
+    code = "import json, sys, luthier; luthier.run_recipe(luthier.Recipe(**json.loads(sys.argv[1])))"
+    subprocess.run([sys.executable, "-c", code, json.dumps(recipe)], check=True, capture_output=True)
     summary = json.loads((folder / "00-sft" / "summary.json").read_text())
     metrics = read_metrics(folder / "00-sft" / "metrics.jsonl")
     return {
         "trained_parameters": summary["trained_parameters"],
         "file_bytes": (folder / "00-sft" / "adapter" / "adapter_model.safetensors").stat().st_size,
         "memory_bytes": max(line["memory_bytes"] for line in metrics if "memory_bytes" in line),
-        "milliseconds_per_step": summary["milliseconds_per_step"],
+        "milliseconds_per_step": statistics.median(1e3 * line["seconds"] for line in metrics if "loss" in line),
         "first_eval_loss": summary["first_eval_loss"],
         "final_eval_loss": summary["final_eval_loss"],
     }
@@ -71,7 +72,7 @@ def losses_by_rank(folder: Path, ranks: Sequence[int]) -> dict[str, float]:
     (stage,) = load_recipe(folder / "recipe.yaml").stages
     losses = {}
     for rank in ranks:
-        model = load_adapted("smollm2-135m", folder / "00-sft" / "adapter", rank=rank)
+        model = load_adapted(MODEL, folder / "00-sft" / "adapter", rank=rank)
         rows = prepare(stage.settings, model.tokenizer, quarantine=folder / "quarantine.jsonl").evaluation
         losses[str(rank)] = evaluate_loss(model.network, cut(rows, 512), STAGES["sft"].objective)
     return losses
@@ -98,9 +99,11 @@ def main() -> None:
     for name in given.only or RUNS:
         with tempfile.TemporaryDirectory() as folder:
             if name not in results:
-                results[name] = run(RUNS[name], given.steps, Path(folder) / "run")
+                rows, place = Path(folder) / "rows.jsonl", Path(folder) / "run"
+                short_rows(rows)
+                results[name] = run(name, given.steps, rows, place)
                 if name == "dylora":
-                    results[name]["loss_by_rank"] = losses_by_rank(Path(folder) / "run", (1, 4, 8, 16))
+                    results[name]["loss_by_rank"] = losses_by_rank(place, (1, 4, 8, 16))
         print(row(name, results[name]), flush=True)
         if given.output:
             given.output.write_text(json.dumps(results, indent=1) + "\n")
