@@ -16,7 +16,7 @@ from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.data.batches import collate
 from luthier.data.examples import Origin
 from luthier.data.sequences import TokenSequence
-from luthier.errors import AdapterError
+from luthier.errors import AdapterError, RecipeError
 from luthier.models.attention import ATTENTION, register_attention
 from luthier.models.score import score
 from luthier.models.trainable import checkpoint_layers
@@ -257,5 +257,5 @@ def test_two_prefixes_at_once_are_refused() -> None:
 def test_an_encoder_starts_at_random_and_says_so() -> None:
     assert Prefix(encoder_hidden_size=8).init == "random"
     assert Prefix().init == "vocabulary"
-    with pytest.raises(ValueError, match="an encoder starts at random; leave init or encoder_hidden_size out"):
+    with pytest.raises(RecipeError, match="an encoder starts at random; leave init or encoder_hidden_size out"):
         Prefix(encoder_hidden_size=8, init="vocabulary")

@@ -133,7 +133,10 @@ class Prefix(_Virtual):
     init_text: Word | None = None
     """The text whose keys and values they start as, repeated or cut to their number."""
 
-    rate_ratio: ClassVar[float] = 50.0
+    @property
+    def rate_ratio(self) -> float:  # type: ignore[override]
+        """An encoder of many weights moves the prefix far with each step: at 50 it diverged within ten."""
+        return 50.0 if self.encoder_hidden_size is None else 2.5
 
     @model_validator(mode="after")
     def _start_encoders_at_random(self) -> Self:
