@@ -136,7 +136,7 @@ class Prefix(_Virtual):
     @property
     def rate_ratio(self) -> float:  # type: ignore[override]
         """An encoder of many weights moves the prefix far with each step: at 50 it diverged within ten."""
-        return 50.0 if self.encoder_hidden_size is None else 2.5
+        return 50.0 if self.encoder_hidden_size is None else 5.0
 
     @model_validator(mode="after")
     def _start_encoders_at_random(self) -> Self:
