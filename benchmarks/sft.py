@@ -30,7 +30,7 @@ from luthier.data.sequences import TokenSequence
 from luthier.kernels.linear import linear
 from luthier.models.fuse import fuse
 from luthier.models.load import load
-from luthier.models.trainable import freeze_all
+from luthier.models.trainable import freeze_base
 from luthier.pipeline.plan import FIRST_MICRO_BATCH_TOKENS
 from luthier.pipeline.stages import STAGES
 from luthier.recipe import SFT, LoRA
@@ -59,7 +59,7 @@ def run_luthier(dtype: str, steps: list[list[TokenSequence]]) -> dict[str, Any]:
     keep_freed_memory()
     model = load(MODEL, dtype=dtype)  # type: ignore[arg-type]
     fuse(model.network)
-    freeze_all(model.network)
+    freeze_base(model.network)
     inject(model.network, LoRA(r=16, alpha=32), seed=0)
     model.network.train()
     settings = SFT(

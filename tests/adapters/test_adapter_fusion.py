@@ -16,7 +16,7 @@ from luthier.adapters.adapter_fusion import AdapterFusion as Fusion
 from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
 from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.errors import AdapterError, RecipeError
-from luthier.models.trainable import checkpoint_layers, freeze_all
+from luthier.models.trainable import checkpoint_layers, freeze_base
 from luthier.recipe.adapters import AdapterFusion, AnyAdapter, Bottleneck, LoRA
 
 HIDDEN = 32
@@ -264,7 +264,7 @@ def test_it_runs_without_values(tmp_path: Path) -> None:
     settings = fusion_of(tmp_path)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = network()
-        freeze_all(model)
+        freeze_base(model)
         inject(model, settings, seed=0)
         model(IDS, labels=IDS).loss.backward()
         assert all(p.grad is not None for p in adapter_parameters(model).values())

@@ -31,7 +31,7 @@ from luthier.adapters.bottleneck import Bottleneck as BottleneckAdapter
 from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
 from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.errors import AdapterError
-from luthier.models.trainable import checkpoint_layers, freeze_all
+from luthier.models.trainable import checkpoint_layers, freeze_base
 from luthier.recipe.adapters import Bottleneck, LoRA
 
 IDS = torch.arange(1, 25).view(2, 12)
@@ -201,7 +201,7 @@ def test_a_bfloat16_model_with_float32_parameters_gets_float32_gradients() -> No
 def test_it_runs_without_values(name: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = network()
-        freeze_all(model)
+        freeze_base(model)
         inject(model, PLACEMENTS[name], seed=0)
         model(IDS, labels=IDS).loss.backward()
         assert all(p.grad is not None for p in adapter_parameters(model).values())

@@ -10,7 +10,7 @@ from luthier.adapters.inject import ADAPTERS, inject
 from luthier.adapters.peft_format import save_adapter
 from luthier.errors import AdapterError
 from luthier.models.load import load
-from luthier.models.trainable import freeze_all, trainable_parameters
+from luthier.models.trainable import freeze_base, trainable_parameters
 from luthier.pipeline.adapter_costs import adapter_costs, of_rank
 
 
@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_parameters_and_file_are_those_of_the_adapter(word: str, base: str, tmp_path: Path) -> None:
     (cost,), _ = adapter_costs(base, types=[word], r=4, dtype="fp32", num_tokens=32, repeats=0)
     model = load(base)
-    freeze_all(model.network)
+    freeze_base(model.network)
     inject(model.network, of_rank(word, 4), seed=0)
     assert (cost.trainable_parameters, cost.share) == (
         trainable_parameters(model.network)[0],

@@ -22,7 +22,7 @@ def command(word: str) -> click.Command:
     @click.group(word, invoke_without_command=True, help="Say what each type of adapter costs on a model.")
     @click.option("--model", default="smollm2-135m", show_default=True, help="The model that would be adapted.")
     @click.option("--type", "types", multiple=True, type=click.Choice(list(ADAPTER_SETTINGS)), help="Only this type.")
-    @click.option("--r", type=click.IntRange(1), help="The rank, for types that have one. [default: each its own]")
+    @click.option("--r", type=click.IntRange(1), help="The rank, for all but vera. [default: each its own]")
     @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp32"]))
     @click.option("--tokens", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a step.")
     @click.option("--repeats", default=5, show_default=True, type=click.IntRange(0), help="Steps timed; 0 times none.")
@@ -52,12 +52,12 @@ def command(word: str) -> click.Command:
 
 
 def _print(costs: list[AdapterCost], frozen: float | None, title: str) -> None:
-    table = Table("type", "trained", "share", "file", "memory", "time", "merges", title=title)
+    table = Table("type", "r", "trained", "share", "file", "memory", "time", "merges", title=title)
     for cost in sorted(costs, key=lambda cost: cost.trainable_parameters):
         took = "" if cost.seconds is None or frozen is None else f"{cost.seconds / frozen:+.0%}"
         trained, file, memory = f"{cost.trainable_parameters:,}", cost.file_bytes / 1e6, cost.memory_bytes / 1e6
-        merges = "yes" if cost.mergeable else "no"
-        table.add_row(cost.type, trained, f"{cost.share:.2%}", f"{file:.2f} MB", f"{memory:+.0f} MB", took, merges)
+        sizes = f"{cost.share:.2%}", f"{file:.2f} MB", f"{memory:+.0f} MB"
+        table.add_row(cost.type, str(cost.r or ""), trained, *sizes, took, "yes" if cost.mergeable else "no")
     console = Console()
     console.print(table)
     against = "" if frozen is None else f", which takes {frozen:.2f} s"

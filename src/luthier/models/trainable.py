@@ -1,4 +1,6 @@
-"""Which of a model's parameters are trained: all, none, or all but some by pattern; and gradient checkpointing."""
+"""Which of a model's parameters are trained: all, those of adapters, or all but some by pattern; and gradient
+checkpointing.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +12,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from luthier.adapters.inject import adapter_parameters
 from luthier.errors import ModelError, RecipeError
 from luthier.quant.linear import QuantizedLinear
 
-__all__ = ["checkpoint_layers", "freeze_all", "train_all_but", "trainable_parameters"]
+__all__ = ["checkpoint_layers", "freeze_base", "train_all_but", "trainable_parameters"]
 
 
-def freeze_all(network: nn.Module) -> None:
-    """No parameter is trained."""
-    network.requires_grad_(False)
+def freeze_base(network: nn.Module) -> None:
+    """No parameter is trained but those of adapters."""
+    own = adapter_parameters(network)
+    for name, parameter in network.named_parameters():
+        if name not in own:
+            parameter.requires_grad_(False)
 
 
 def train_all_but(network: nn.Module, patterns: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from luthier.data.examples import Origin
 from luthier.data.sequences import TokenSequence
 from luthier.models.fuse import fuse
 from luthier.models.load import load, outline
-from luthier.models.trainable import freeze_all, trainable_parameters
+from luthier.models.trainable import freeze_base, trainable_parameters
 from luthier.pipeline.prepare import fresh_state
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.adapters import ADAPTER_SETTINGS, AnyAdapter
@@ -34,18 +34,20 @@ from luthier.training.loop import step_gradients
 __all__ = ["AdapterCost", "adapter_costs", "of_rank"]
 
 _NUM_SEQUENCES = 4
-_RANK_FIELDS = {"adalora": "target_r", "vera": None}  # where a rank like LoRA's is called otherwise, or means another
+_RANK_FIELDS = {"adalora": "target_r"}  # where the rank is not called r
+_OTHER_RANKS = {"vera"}  # whose rank is that of a pair for all layers, and ten times as high as LoRA's
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterCost:
-    """One type on one model. share: of all parameters, from 0 to 1.
+    """One type on one model. r: the rank that it is counted with, if it has one. share: of all parameters, 0 to 1.
 
     file_bytes: of its tensors on the disk, before AdaLoRA prunes them. memory_bytes, seconds: of a training step
     besides what the frozen model takes; seconds is None where not measured.
     """
 
     type: str
+    r: int | None
     trainable_parameters: int
     share: float
     file_bytes: int
@@ -59,9 +61,15 @@ class AdapterCost:
 
 
 def of_rank(word: str, r: int | None) -> AnyAdapter:
-    """A type's settings with this rank, where it has one."""
+    """A type's settings with this rank, where it has one like LoRA's."""
     kind, field = ADAPTER_SETTINGS[word], _RANK_FIELDS.get(word, "r")
-    return settings_from(kind, {} if r is None or field not in kind.model_fields else {str(field): r})
+    fits = field in kind.model_fields and word not in _OTHER_RANKS
+    return settings_from(kind, {field: r} if fits and r is not None else {})
+
+
+def _rank_of(settings: AnyAdapter) -> int | None:
+    rank: int | None = settings.model_dump().get(_RANK_FIELDS.get(settings.type, "r"))
+    return rank
 
 
 def adapter_costs(
@@ -75,7 +83,8 @@ def adapter_costs(
 ) -> tuple[list[AdapterCost], float | None]:
     """The costs of each type, and the seconds of a step of the frozen model.
 
-    types: by default all that need nothing but a model. r: for those that have a rank; by default each its own.
+    types: by default all that need nothing but a model. r: for those that have a rank like LoRA's, which VeRA's is not;
+    by default each its own.
     num_tokens: of the batch that a step goes over. repeats: steps of which the median counts; 0 measures no time.
     Raises ModelError if the model cannot be used, AdapterError for a rank that does not fit.
     """
@@ -115,6 +124,7 @@ def _counted(model_name: str, settings: Sequence[AnyAdapter], dtype: DType, batc
             costs.append(
                 AdapterCost(
                     type=each.type,
+                    r=_rank_of(each),
                     trainable_parameters=trained,
                     share=trained / total,
                     file_bytes=sum(value.nbytes for adapter in adapters for value in adapter.parameters()),
@@ -140,7 +150,7 @@ def _frozen_peak(network: PreTrainedModel, batch: TokenBatch) -> int:
 
 def _frozen(network: PreTrainedModel) -> PreTrainedModel:
     fuse(network)
-    freeze_all(network)
+    freeze_base(network)
     network.train()
     return network
 

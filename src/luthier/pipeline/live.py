@@ -14,10 +14,11 @@ from typing import get_args
 
 from torch import nn
 
-from luthier.adapters.inject import adapted_layers
+from luthier.adapters.inject import DEFAULT_NAME, adapted_layers
 from luthier.adapters.merge import remove_adapters
 from luthier.adapters.peft_format import save_adapter
 from luthier.errors import AdapterError, ModelError
+from luthier.models.adapted import carried_settings
 from luthier.models.load import DTYPES, Model, load
 from luthier.models.merge import merge_into
 from luthier.models.quantize import quantized_as
@@ -33,6 +34,7 @@ __all__ = [
     "merge_carried",
     "settle",
     "start_digest",
+    "store_adapter",
     "store_trained",
     "undo",
     "write_merged",
@@ -90,6 +92,24 @@ def settle(model: Model, settings: Training, folder: Path, place: Path) -> None:
         model.source = resolve(str(place), model.source.environment)
 
 
+def store_adapter(model: Model, folder: Path, *, name: str = DEFAULT_NAME) -> None:
+    """Writes one of the model's adapters, saying over which base, and with the tokenizer where it has new tokens.
+
+    Raises AdapterError if the model has none of this name, or the folder cannot be written.
+    """
+    save_adapter(
+        model.network,
+        folder,
+        base_model=model.source.name,
+        base_sha256=model.source.weights_hash,
+        quantize_base=quantized_as(model.network),
+        base_dtype=dtype_of(model),
+        name=name,
+    )
+    if carried_settings(model.network)[name].new_tokens:
+        model.tokenizer.save_pretrained(folder)
+
+
 def store_trained(model: Model, settings: Training, folder: Path, place: Path) -> None:
     """Writes a model that was trained without an adapter in `folder`: what was trained, over the weights as stored."""
     if settings.dtype == "fp32":
@@ -127,19 +147,12 @@ def _exchange(model: Model, source: ResolvedSource) -> None:
 def _saved_adapter(model: Model) -> Iterator[Path]:
     """The model's adapter as files, for a while."""
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(
-            model.network,
-            Path(folder),
-            base_model=model.source.name,
-            quantize_base=quantized_as(model.network),
-            base_dtype=dtype_of(model),
-            name=_only_adapter(model.network),
-        )
+        store_adapter(model, Path(folder), name=_only_adapter(model.network))
         yield Path(folder)
 
 
 def _only_adapter(network: nn.Module) -> str:
-    """The name of the one adapter. Raises AdapterError if there are several, or one that is switched off."""
+    """The name of the one adapter. Raises AdapterError if there are several, or one that does not apply as a whole."""
     layers = adapted_layers(network)
     names: list[str] = sorted({name for layer in layers.values() for name in layer.adapters})
     idle = [path for path, layer in layers.items() if set(layer.active) != set(layer.adapters)]
@@ -147,5 +160,11 @@ def _only_adapter(network: nn.Module) -> str:
         state = f"switched off at {idle[0]}" if idle else "several"
         raise AdapterError(
             f"the model carries the adapters {', '.join(names)}, {state}; leave one, switched on, or remove them"
+        )
+    share = next((s for layer in layers.values() if (s := layer.shares.get(names[0], 1.0)) != 1), None)
+    if share is not None:
+        raise AdapterError(
+            f"the model carries the adapter {names[0]}, mixed by a share of {share:g}; activate it as a whole, or "
+            "remove it"
         )
     return names[0]

@@ -10,21 +10,22 @@ from pathlib import Path
 from torch import Tensor
 
 from luthier.adapters.base import Adapter
-from luthier.adapters.inject import inject
+from luthier.adapters.inject import DEFAULT_NAME, inject
 from luthier.adapters.new_tokens import numbered, with_tokens
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RecipeError
 from luthier.models.fuse import fuse
 from luthier.models.load import Model, load
 from luthier.models.quantize import quantize_base
-from luthier.models.trainable import checkpoint_layers, freeze_all, train_all_but
+from luthier.models.trainable import checkpoint_layers, freeze_base, train_all_but
 from luthier.quant.linear import round_trip
+from luthier.recipe.adapters import AnyAdapter
 from luthier.recipe.training import SFT, Training
 from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
 from luthier.training.state import Progress, TrainState
 
-__all__ = ["fresh_state", "prepare_data", "prepare_network"]
+__all__ = ["adapt", "fresh_state", "prepare_data", "prepare_network"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,19 +65,33 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
     if settings.adapter is None:
         train_all_but(model.network, settings.freeze)
     else:
-        freeze_all(model.network)
         scheme = settings.quantize_base
-        adapters = inject(
-            model.network,
-            numbered(settings.adapter, model.network, model.tokenizer),
-            seed=settings.seed,
-            rounding=partial(round_trip, scheme=scheme) if scheme else None,
-            encode=partial(model.tokenizer.encode, add_special_tokens=False),
-        )
+        adapters = adapt(model, settings.adapter, seed=settings.seed, scheme=scheme)
         if scheme:
             quantize_base(model.network, scheme)
     checkpoint_layers(model.network, settings.gradient_checkpointing)
     model.network.train()
+    return adapters
+
+
+def adapt(
+    model: Model, settings: AnyAdapter, *, seed: int, name: str = DEFAULT_NAME, scheme: str | None = None
+) -> list[Adapter]:
+    """Puts a new adapter on the model, whose base is frozen; returns its parts.
+
+    scheme: how the base is going to be quantized. New tokens get the tokenizer's numbers, and texts are encoded without
+    special tokens. Raises AdapterError for what does not fit the model, RecipeError for what does not fit its
+    tokenizer, with the model as it was.
+    """
+    adapters = inject(
+        model.network,
+        numbered(settings, model.network, model.tokenizer),
+        seed=seed,
+        name=name,
+        rounding=partial(round_trip, scheme=scheme) if scheme else None,
+        encode=partial(model.tokenizer.encode, add_special_tokens=False),
+    )
+    freeze_base(model.network)
     return adapters
 
 

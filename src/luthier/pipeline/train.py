@@ -17,7 +17,6 @@ import torch
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.merge import refuse_unmergeable
-from luthier.adapters.peft_format import save_adapter
 from luthier.data.batches import StepPlan, cut
 from luthier.data.prepare import Prepared
 from luthier.errors import RecipeError
@@ -25,6 +24,7 @@ from luthier.files import write_whole
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import FREE_SETTINGS
+from luthier.pipeline.live import store_adapter
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.stages import STAGES
@@ -92,16 +92,7 @@ def train(
     run.state.precision.close()
     release_freed_memory()
     if settings.adapter is not None:
-        save_adapter(
-            model.network,
-            folder / "adapter",
-            base_model=model.source.name,
-            base_sha256=model.source.weights_hash,
-            quantize_base=settings.quantize_base,
-            base_dtype=settings.dtype,
-        )
-        if settings.adapter.new_tokens:
-            model.tokenizer.save_pretrained(folder / "adapter")
+        store_adapter(model, folder / "adapter")
     return prepared, _summary(run, prepared, folder, time.perf_counter() - started)
 
 

@@ -98,6 +98,11 @@ class LoRA(_LoRALike):
     iterations: Count = 5
     """How often loftq alternates between quantizing and taking the singular parts."""
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether it starts from parts of the weight, which the weight must then be without."""
+        return self.init in ("loftq", "olora", "pissa")
+
 
 class DoRA(_LoRALike):
     """h = m (W + s B A) x / |W + s B A|        Liu et al. 2024, eq. 5"""
