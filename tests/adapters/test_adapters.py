@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.inject import ADAPTERS, adapted_layers, adapter_parameters, inject
 from luthier.adapters.merge import merge_adapters, remove_adapters
@@ -321,6 +321,44 @@ def test_what_does_not_fit_is_refused_and_leaves_the_network_as_it_was(settings:
     with pytest.raises(AdapterError, match=re.escape(sentence)):
         inject(model, settings, seed=0)
     assert list(model.state_dict()) == list(network().state_dict())
+
+
+def test_a_module_that_shares_its_weight_is_not_trained_alone() -> None:
+    """Merging its copy would change the other too."""
+    model = network()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    for name in ("lm_head", "embed_tokens"):
+        with pytest.raises(AdapterError, match="shares its weight with"):
+            inject(model, LoRA(r=4, modules_to_save=(name,)), seed=0)
+    assert not adapted_layers(model)
+
+
+def test_a_model_without_linear_layers_and_the_output_layer_are_refused() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(AdapterError, match="GPT2LMHeadModel has no linear layer; choose"):
+        inject(gpt2, LoRA(r=4), seed=0)
+    with pytest.raises(AdapterError, match="lm_head is the output layer, which is not adapted; set modules_to_save"):
+        inject(network(), LoRA(r=4, target_modules=("q_proj", "lm_head")), seed=0)
+
+
+def test_dora_with_a_bias_stands_over_an_adapter_of_the_bias() -> None:
+    """To 1e-5: one product instead of two."""
+    model = network()
+    inject(model, ADAPTER_SETTINGS["bitfit"](), seed=0)
+    inject(model, DoRA(r=4, bias="lora_only"), seed=1, name="second")
+    perturb(model)
+    perturb(model, name="second", seed=50)
+    applied = logits(model)
+    merge_adapters(model)
+    torch.testing.assert_close(logits(model), applied, rtol=0, atol=1e-5)
+
+
+def test_dora_goes_where_its_network_goes() -> None:
+    """The meta device stands for another one."""
+    model = adapted(DoRA(r=4))
+    logits(model)
+    model.to("meta")
+    assert model(IDS.to("meta")).logits.device.type == "meta"
 
 
 def test_a_name_that_is_taken_is_refused_and_leaves_the_network_as_it_was() -> None:

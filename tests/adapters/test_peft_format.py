@@ -98,6 +98,10 @@ def test_an_adapter_says_what_it_was_trained_on_and_peft_still_reads_it(
     [
         ({"target_modules": ".*_proj"}, "asks for target_modules as a pattern"),
         ({"exclude_modules": ["q_proj"], "lora_bias": True}, "asks for exclude_modules, lora_bias"),
+        ({"init_lora_weights": "pissa"}, "asks for init_lora_weights: pissa"),
+        ({"init_lora_weights": "olora", "lora_alpha": 1}, "asks for init_lora_weights: olora"),
+        ({"trainable_token_indices": 5}, "trainable_token_indices is no list of numbers"),
+        ({"luthier": "x"}, "luthier holds no settings"),
         ({"peft_type": "BOFT"}, "type BOFT cannot be read"),
         ({"r": 0}, "not the settings of a lora"),
     ],

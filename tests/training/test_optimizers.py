@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.inject import adapter_parameters, inject
-from luthier.recipe.adapters import DoRA, LoRA
+from luthier.recipe.adapters import IA3, BitFit, DoRA, LoRA, Prompt, VeRA
 from luthier.recipe.training import Training
 from luthier.training.optimizers import decays, make_optimizer
 
@@ -44,6 +44,15 @@ def test_a_norm_is_known_by_its_class_even_with_a_matrix() -> None:
         "l.weight": True,
         "l.bias": False,
     }
+
+
+def test_adapters_that_stand_for_embeddings_or_norms_or_factors_are_spared() -> None:
+    for kind in (IA3(), Prompt(), BitFit(), VeRA(r=4), LoRA(r=4, modules_to_save=("embed_tokens", "model.norm"))):
+        model = network().requires_grad_(False)
+        inject(model, kind, seed=0)
+        decaying = {name for name, decay in decays(model).items() if decay}
+        assert all(".lora_" in name for name in decaying), kind.type
+        assert bool(decaying) == (kind.type == "lora")
 
 
 def test_only_what_is_trained_is_optimized_each_once() -> None:

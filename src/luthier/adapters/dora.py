@@ -46,7 +46,8 @@ class DoRA(LoRA):
         plain: Tensor = base(x) if bias is None else base(x) - bias
         direction = add_low_rank(plain, dropped, self.lora_A, self.lora_B, self.scale)
         output = direction * (self.magnitude / self._norms(base, bias, x.dtype)).to(x.dtype)
-        bias = bias if self.bias is None else self.bias
+        if bias is not None and self.bias is not None:
+            bias = bias + (self.bias - self.place.bias)
         return output if bias is None else output + bias.to(output.dtype)
 
     def _is_bare(self, base: Base) -> bool:
@@ -74,9 +75,9 @@ class DoRA(LoRA):
     def _squares_of(self, base: Base, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """|W|^2 of each row: of a bare layer found once."""
         if not self._is_bare(base):
-            dense: Tensor = base(torch.eye(self.in_features, device=self.device, dtype=dtype))
+            dense: Tensor = base(torch.eye(self.in_features, device=self.lora_A.device, dtype=dtype))
             return _row_squares((dense if bias is None else dense - bias).T)
-        if self._squares is None:
+        if self._squares is None or self._squares.device != self.lora_A.device:
             self._squares = _row_squares(self.place.weight)
         return self._squares
 

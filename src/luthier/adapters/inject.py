@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapters.adalora import AdaLoRA
-from luthier.adapters.adapted import Adapted, AdaptedLinear
+from luthier.adapters.adapted import Adapted, AdaptedLinear, bare
 from luthier.adapters.adapter_fusion import AdapterFusion
 from luthier.adapters.base import Adapter, Start, Step
 from luthier.adapters.bottleneck import Bottleneck
@@ -79,6 +79,7 @@ def _parts(network: nn.Module, settings: AnyAdapter) -> Iterator[tuple[str, nn.M
     rows = TokenRows.places(network, settings)
     yield from ((path, module, TokenRows) for path, module in rows.items())
     whole = modules_named(network, settings.modules_to_save)
+    _refuse_shared(network, whole)
     if doubly := sorted((own.keys() | rows.keys()) & whole.keys()):
         raise AdapterError(f"modules_to_save: {doubly[0]} carries the adapter already; leave it out of one of the two")
     yield from ((path, module, ModuleCopy) for path, module in whole.items())
@@ -89,9 +90,25 @@ def _parts(network: nn.Module, settings: AnyAdapter) -> Iterator[tuple[str, nn.M
             yield path, module, BitFit if isinstance(module, Linear) else BiasCopy
 
 
+def _refuse_shared(network: nn.Module, whole: Mapping[str, nn.Module]) -> None:
+    """Raises AdapterError for a module whose weight is another's too: a copy would have to be merged into both."""
+    users: dict[nn.Parameter, list[str]] = {}
+    for path, place in named_places(network):
+        for parameter in bare(place).parameters(recurse=False):
+            users.setdefault(parameter, []).append(path)
+    for path, module in whole.items():
+        for parameter in module.parameters(recurse=False):
+            if len(users[parameter]) > 1:
+                other = next(user for user in users[parameter] if user != path)
+                raise AdapterError(
+                    f"modules_to_save: {path} shares its weight with {other}, so it cannot be trained alone; leave it "
+                    "out, or train rows of it (new_tokens, trainable_token_indices)"
+                )
+
+
 def _other_biases(network: nn.Module, taken: set[str]) -> Iterator[tuple[str, nn.Module]]:
     for path, place in named_places(network):
-        module = place.base if isinstance(place, Adapted) else place
+        module = bare(place)
         if path not in taken and isinstance(module._parameters.get("bias"), Tensor):
             yield path, module
 
@@ -135,7 +152,7 @@ def attach(network: nn.Module, adapters: Sequence[Adapter], name: str) -> None:
     for adapter in sorted(adapters, key=lambda adapter: -paths[adapter.place].count(".")):  # inner modules first
         adapted = places[adapter.name]
         if not isinstance(adapted, Adapted):
-            kind = AdaptedLinear if adapter.sees_rows else Adapted
+            kind = AdaptedLinear if isinstance(adapter.place, Linear) else Adapted
             adapted = kind(adapter.place).train(adapter.place.training)
             network.set_submodule(paths[adapter.place], adapted)
         adapted.adapters[name] = adapter.train(adapted.training)

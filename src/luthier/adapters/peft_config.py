@@ -31,6 +31,8 @@ _HARMLESS = {  # words of PEFT's that change nothing of what a saved adapter com
     *("init_ia3_weights", "loftq_config", "eva_config", "corda_config", "layers_pattern", "projection_prng_key"),
 }
 
+_PLAIN_STARTS = (True, False, None, "eva", "gaussian", "orthogonal")  # with others PEFT changes the base while loading
+
 
 def words_of_config(settings: AnyAdapter, base_model: str, extra: Mapping[str, object]) -> dict[str, Any]:
     """What adapter_config.json says. extra: words that the type adds, or says otherwise."""
@@ -56,7 +58,10 @@ def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, 
     Raises AdapterError for a type or a word that cannot be read.
     """
     if OWN_FIELD in config:
-        return _made(path, str(config[OWN_FIELD].get("type")), config[OWN_FIELD])
+        said = config[OWN_FIELD]
+        if not isinstance(said, Mapping):
+            raise AdapterError(f"{path}: {OWN_FIELD} holds no settings; save the adapter again")
+        return _made(path, str(said.get("type")), said)
     tokens, config = _tokens(path, config), {name: value for name, value in config.items() if name != _TOKENS}
     if own is not None:
         settings = _made(path, str(own.get("type")), own)
@@ -66,10 +71,11 @@ def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, 
             return settings if names is None else settings.model_copy(update={"target_modules": tuple(names)})
     word, form = _type_of(path, config)
     known = {*form.fields.values(), *form.fixed, *form.unread, *_HARMLESS}
-    if asked := sorted(name for name, value in config.items() if value and name not in known):
-        raise AdapterError(
-            f"{path.parent}: asks for {', '.join(asked)}, which cannot be read; merge it with PEFT first"
-        )
+    asked = sorted(name for name, value in config.items() if value and name not in known)
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        asked.append(f"init_lora_weights: {config['init_lora_weights']}")
+    if asked:
+        raise _refusal(path, asked)
     given = {ours: config[theirs] for ours, theirs in form.fields.items() if config.get(theirs) is not None}
     missing = [f for f in form.fields.values() if f not in config and f in ("r", "lora_alpha", "target_modules")]
     if missing:
@@ -84,12 +90,11 @@ def _tokens(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens whose rows are trained; they may be said for each layer, and must be the same for all."""
     said = config.get(_TOKENS) or ()
     by_layer = said if isinstance(said, Mapping) else {"": said}
+    if not all(isinstance(indices, list | tuple) for indices in by_layer.values()):
+        raise AdapterError(f"{path}: {_TOKENS} is no list of numbers; save the adapter again")
     lists = {tuple(indices) for indices in by_layer.values()}
     if len(lists) > 1:
-        raise AdapterError(
-            f"{path.parent}: trains other tokens in {' than in '.join(by_layer)}, which cannot be read; merge it with "
-            "PEFT first"
-        )
+        raise _refusal(path, [f"other tokens in {' than in '.join(by_layer)}"])
     return next(iter(lists), ())
 
 

@@ -154,7 +154,6 @@ class SavedAdapter:
         self.fill([adapter], network)
         return adapter
 
-
     def metadata(self) -> dict[str, str]:
         """What the file of weights says of the base."""
         with _opened(self.folder / _WEIGHTS) as file:
@@ -195,7 +194,7 @@ def read_adapter(folder: Path, *, rank: int | None = None) -> SavedAdapter:
     config = _read_config(folder)
     with _opened(folder / _WEIGHTS) as file:
         said: dict[str, str] = file.metadata() or {}
-    own = json.loads(said[OWN_FIELD]) if OWN_FIELD in said else None
+    own = _own(folder / _WEIGHTS, said)
     settings = settings_of_config(folder / _CONFIG, config, own)
     return SavedAdapter(
         folder,
@@ -219,6 +218,17 @@ def load_adapter(network: nn.Module, folder: Path, *, name: str = DEFAULT_NAME, 
     saved.fill(adapters, network)
     attach(network, adapters, name)
     return saved.settings
+
+
+def _own(path: Path, said: Mapping[str, str]) -> dict[str, Any] | None:
+    """Our own settings in the metadata of a file of weights. Raises AdapterError where they are damaged."""
+    try:
+        own = json.loads(said.get(OWN_FIELD, "null"))
+    except ValueError:
+        own = ""
+    if own is not None and not isinstance(own, dict):
+        raise AdapterError(f"{path}: its settings are damaged; copy it again")
+    return own
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

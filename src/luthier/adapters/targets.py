@@ -48,10 +48,23 @@ def linear_targets(
     Raises AdapterError for a name that fits none, and for a block that is not there.
     """
     head = network.get_output_embeddings()  # type: ignore[operator]
-    places = ((name, bare(module)) for name, module in named_places(network) if module is not head)
-    linears: dict[str, nn.Module] = {name: module for name, module in places if isinstance(module, Linear)}
+    places = [(name, place) for name, place in named_places(network) if isinstance(bare(place), Linear)]
+    linears: dict[str, nn.Module] = {name: bare(place) for name, place in places if place is not head}
+    if not linears:
+        raise AdapterError(
+            f"target_modules: {type(network).__name__} has no linear layer to adapt; choose another type"
+        )
+    if not isinstance(names, str):
+        _refuse_head(next((name for name, place in places if place is head), ""), names)
     chosen = linears if isinstance(names, str) else _named(linears, names)
     return chosen if layers is None else _within(chosen, layers)
+
+
+def _refuse_head(head: str, names: Sequence[str]) -> None:
+    """Raises AdapterError where one of these names means the output layer."""
+    for name in names:
+        if f".{head}".endswith(f".{name}"):
+            raise AdapterError(f"target_modules: {name} is the output layer, which is not adapted; set modules_to_save")
 
 
 def modules_named(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

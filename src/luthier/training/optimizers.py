@@ -7,8 +7,12 @@ memory besides its moments, and can leave a step out on the device, without the 
 import torch
 from torch import Tensor, nn
 
+from luthier.adapters.copies import ModuleCopy
+from luthier.adapters.ia3 import IA3
 from luthier.adapters.inject import rate_ratios
 from luthier.adapters.new_tokens import TokenRows
+from luthier.adapters.prefix import Prefix
+from luthier.adapters.prompt import Prompt
 from luthier.recipe.training import Training
 from luthier.training.precision import Precision, is_narrow
 
@@ -19,14 +23,17 @@ def decays(network: nn.Module) -> dict[str, bool]:
     """For each trained parameter by name, whether weight decay applies: not to norms, biases (vectors) and
     embeddings.
     """
-    spared = {
-        id(p)
-        for module in network.modules()
-        if isinstance(module, nn.Embedding | TokenRows) or "norm" in type(module).__name__.lower()
-        for p in module.parameters(recurse=False)
-    }
+    spared = {id(p) for module in network.modules() if _is_spared(module) for p in module.parameters(recurse=False)}
     trained = ((name, p) for name, p in network.named_parameters() if p.requires_grad)
     return {name: p.ndim > 1 and id(p) not in spared for name, p in trained}
+
+
+def _is_spared(module: nn.Module) -> bool:
+    """Norms and embeddings, copies of these, and adapters that stand for embeddings or are no change from zero."""
+    if isinstance(module, ModuleCopy):
+        module = module.place
+    kinds = (nn.Embedding, TokenRows, IA3, Prefix, Prompt)
+    return isinstance(module, kinds) or "norm" in type(module).__name__.lower()
 
 
 def make_optimizer(network: nn.Module, settings: Training, precision: Precision | None = None) -> torch.optim.AdamW:
