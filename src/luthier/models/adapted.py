@@ -74,7 +74,7 @@ def refuse_beside_others(settings: AnyAdapter, network: nn.Module) -> None:
         tokens, ids = other.new_tokens, other.trainable_token_indices
         if tokens and settings.new_tokens and (settings.new_tokens, settings.trainable_token_indices) != (tokens, ids):
             raise AdapterError(
-                f'new_tokens: the adapter "{name}" has some already ({", ".join(tokens)}), and others would get the same '
+                f'new_tokens: the adapter "{name}" has some already ({", ".join(tokens)}), and others would get their '
                 "numbers; train all of them with one adapter, or load the model anew for this one"
             )
     starts = (each.init for each in (settings, *carried.values()) if isinstance(each, LoRA) and each.takes_parts)
