@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from luthier.adapters.fusion import Update, fuse
 from luthier.adapters.peft_config import words_of_config
 from luthier.adapters.peft_format import SavedAdapter, read_adapter, write_adapter
@@ -29,6 +27,7 @@ def fuse_saved(
     """Writes the fusion of these adapters, a LoRA that PEFT reads too, and returns its settings.
 
     method: a word of FUSIONS. weights: one for each adapter; by default the average. r, density, seed: as in `fuse`.
+    A DyLoRA is taken at the rank that its file remembers.
     Raises AdapterError for adapters that are no LoRA alone or of different models, and what `fuse` raises.
     """
     saved = [read_adapter(folder) for folder in folders]
@@ -58,12 +57,11 @@ def _updates(saved: SavedAdapter) -> Mapping[str, Update]:
         what = f"holds {odd[0]}" if odd else f"is of type {settings.type}"
         raise AdapterError(f"{saved.folder}: {what}; only LoRA adapters without anything else can be fused")
     layers = [key.removeprefix(_PREFIX).removesuffix(_A) for key in tensors if key.endswith(_A)]
-    return {layer: _update(settings, layer, tensors) for layer in layers}
-
-
-def _update(settings: LoRA | DyLoRA, layer: str, tensors: Mapping[str, Tensor]) -> Update:
-    scale = settings.scale_of(layer) if isinstance(settings, LoRA) else settings.alpha / settings.r
-    return Update(tensors[f"{_PREFIX}{layer}{_A}"], tensors[f"{_PREFIX}{layer}{_B}"], scale)
+    pairs = {layer: (tensors[f"{_PREFIX}{layer}{_A}"], tensors[f"{_PREFIX}{layer}{_B}"]) for layer in layers}
+    if isinstance(settings, LoRA):
+        return {layer: Update(a, b, settings.scale_of(layer)) for layer, (a, b) in pairs.items()}
+    rank = saved.rank or settings.r
+    return {layer: Update(a[:rank], b[:, :rank], settings.alpha / rank) for layer, (a, b) in pairs.items()}
 
 
 def _settings(fused: Mapping[str, Update]) -> LoRA:
