@@ -18,7 +18,7 @@ __all__ = ["command", "load_with_adapter", "sampling_options"]
 _OPTIONS: tuple[Callable[[Callable[..., None]], object], ...] = (
     click.option("--model", default="smollm2-135m", show_default=True, help="The model that answers."),
     click.option("--adapter", type=click.Path(path_type=Path), help="An adapter's folder, PEFT layout."),
-    click.option("--rank", type=click.IntRange(1), help="The rank to serve at, of a DyLoRA. [default: its r]"),
+    click.option("--rank", type=click.IntRange(1), help="The rank to serve at, of a DyLoRA. [default: as saved]"),
     click.option("--system", help="The system message."),
     click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1)),
     click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 is greedy."),

@@ -20,7 +20,7 @@ def command(word: str) -> click.Command:
     @click.option("--model", help="The model that it was trained on. [default: the one that the adapter names]")
     @click.option("--adapter", required=True, type=click.Path(path_type=Path), help="The adapter's folder.")
     @click.option("--output", required=True, type=click.Path(path_type=Path), help="The folder of the merged model.")
-    @click.option("--rank", type=click.IntRange(1), help="The rank to merge at, of a DyLoRA. [default: its r]")
+    @click.option("--rank", type=click.IntRange(1), help="The rank to merge at, of a DyLoRA. [default: as saved]")
     @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), help="Of the merged weights. [default: as stored]")
     @click.option(
         "--verify/--no-verify",
