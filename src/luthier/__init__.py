@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from luthier.adapters.cache import AdapterCache
+    from luthier.adapters.dylora import set_rank
     from luthier.adapters.fuse_saved import fuse_saved
-    from luthier.adapters.merge import adapters_merged
+    from luthier.adapters.merge import adapters_merged, merge_adapters
     from luthier.adapters.switch import activate, adapter_names, adapters_off, assign_rows, delete_adapter, mix_adapters
     from luthier.data.batches import TokenBatch
     from luthier.errors import LuthierError
@@ -81,12 +82,14 @@ __all__ = [
     "load",
     "load_adapter",
     "load_recipe",
+    "merge_adapters",
     "mix_adapters",
     "print_trainable_parameters",
     "run_recipe",
     "save",
     "save_adapter",
     "score",
+    "set_rank",
 ]
 
 _HOMES = {
@@ -127,12 +130,14 @@ _HOMES = {
     "load": "luthier.models.load",
     "load_adapter": "luthier.pipeline.python_adapters",
     "load_recipe": "luthier.recipe",
+    "merge_adapters": "luthier.adapters.merge",
     "mix_adapters": "luthier.adapters.switch",
     "print_trainable_parameters": "luthier.pipeline.python_adapters",
     "run_recipe": "luthier.pipeline.run",
     "save": "luthier.pipeline.python",
     "save_adapter": "luthier.pipeline.python_adapters",
     "score": "luthier.models.score",
+    "set_rank": "luthier.adapters.dylora",
 }
 
 
