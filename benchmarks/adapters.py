@@ -1,9 +1,10 @@
 """Every type of adapter against PEFT's class, forward and backward: one layer, and SmolLM2-135M.
 
 Both run in this process on the same input, in turns, and the medians are compared. Each is what its users run: ours
-over the layers that `fuse` leaves, PEFT's over transformers' own. Kept bytes are those that autograd holds between
-forward and backward, parameters and the input left out, each storage once. Types that PEFT does not have are measured
-alone.
+over the layers that `fuse` leaves, PEFT's over transformers' own, and in bfloat16 PEFT's adapters compute in float32.
+Kept bytes are those that autograd holds between forward and backward; peak bytes are the most that a step holds at
+once, gradients included. Neither counts the network and the input. DyLoRA, which PEFT lacks, runs at its full rank
+against PEFT's LoRA; types that have no like there are measured alone.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from luthier.models.load import load
 from luthier.models.sources import resolve
 from luthier.pipeline.adapter_costs import of_rank
 from luthier.recipe.adapters import AnyAdapter
+from luthier.training.footprint import LiveBytes
 
 MODEL, RANK, TOKENS = "smollm2-135m", 16, 512
 IN, OUT = 576, 1536
@@ -81,13 +84,22 @@ class OneLayer(nn.Module):
         return result
 
 
-def layer_steps(word: str, dtype: str) -> dict[str, Callable[[], None]]:
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward pass of a network."""
+
+    network: nn.Module
+    inputs: tuple[Tensor, ...]
+    run: Callable[[], None]
+
+
+def layer_steps(word: str, dtype: str) -> dict[str, Step]:
     """One layer's forward and backward, ours and PEFT's."""
     x = torch.randn(TOKENS, IN).to(DTYPES[dtype]).requires_grad_()
     grad = torch.randn(TOKENS, OUT).to(DTYPES[dtype])
 
-    def step(network: nn.Module) -> Callable[[], None]:
-        return lambda: network(x).backward(grad)
+    def step(network: nn.Module) -> Step:
+        return Step(network, (x, grad), lambda: network(x).backward(grad))
 
     ours = OneLayer(DTYPES[dtype])
     fuse(ours)  # type: ignore[arg-type]
@@ -103,12 +115,14 @@ def layer_steps(word: str, dtype: str) -> dict[str, Callable[[], None]]:
     return steps
 
 
-def model_steps(word: str, dtype: str, tokens: int = TOKENS) -> dict[str, Callable[[], None]]:
+def model_steps(word: str, dtype: str, tokens: int = TOKENS) -> dict[str, Step]:
     """Forward and backward of the whole model on four rows, ours and PEFT's."""
     ids = torch.randint(5, 40_000, (4, tokens // 4), generator=torch.Generator().manual_seed(0))
 
-    def step(network: PreTrainedModel) -> Callable[[], None]:
-        return lambda: network(input_ids=ids, logits_to_keep=1).logits.float().square().mean().backward()
+    def step(network: PreTrainedModel) -> Step:
+        return Step(
+            network, (), lambda: network(input_ids=ids, logits_to_keep=1).logits.float().square().mean().backward()
+        )
 
     ours = load(MODEL, dtype=dtype).network  # type: ignore[arg-type]
     fuse(ours)
@@ -122,32 +136,51 @@ def model_steps(word: str, dtype: str, tokens: int = TOKENS) -> dict[str, Callab
     return steps
 
 
-def kept_bytes(step: Callable[[], None]) -> int:
-    """What autograd keeps between forward and backward; parameters do not count."""
+def kept_bytes(step: Step) -> int:
+    """What autograd keeps between forward and backward: each storage once, those of parameters, buffers and the input
+    left out, however they are looked at.
+    """
+    given = [*step.network.parameters(), *step.network.buffers(), *step.inputs]
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
+        step.run()
     return sum(seen.values())
 
 
-def compared(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds, taken in turns after two rounds that do not count, and kept bytes."""
+def peak_bytes(step: Step) -> int:
+    """The most that forward and backward hold at once, besides the network and the input; counted by PyTorch."""
+    counter = LiveBytes()
+    counter.ignore([*step.network.parameters(), *step.network.buffers(), *step.inputs])
+    with counter:
+        step.run()
+    step.network.zero_grad(set_to_none=True)
+    return counter.peak
+
+
+def compared(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds, taken in turns after two rounds that do not count, and bytes."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 2):
         for name, step in steps.items():
             started = time.perf_counter()
-            step()
+            step.run()
             times[name].append(time.perf_counter() - started)
+            step.network.zero_grad(set_to_none=True)
     return {
-        name: {"seconds": statistics.median(taken[2:]), "kept_bytes": kept_bytes(steps[name])}
-        for name, taken in times.items()
+        name: {
+            "seconds": statistics.median(times[name][2:]),
+            "kept_bytes": kept_bytes(step),
+            "peak_bytes": peak_bytes(step),
+        }
+        for name, step in steps.items()
     }
 
 
@@ -164,6 +197,9 @@ def main() -> None:
     steps_of = layer_steps if given.part == "layer" else model_steps
     repeats = given.repeats or (60 if given.part == "layer" else 5)
     results = {}
+    print(
+        "| type | time | kept | peak | speed over PEFT | kept over PEFT's | peak over PEFT's |\n" + "| --- " * 7 + "|"
+    )
     for word in given.type or [word for word in sorted(ADAPTERS) if word != "fusion"]:
         if given.part == "layer" and word in (*WHOLE, "bottleneck"):
             continue
@@ -174,15 +210,18 @@ def main() -> None:
 
 
 def line(word: str, measured: dict[str, dict[str, float]]) -> str:
-    """One type in words."""
-    ours = measured["luthier"]
-    said = f"{word:11} {1e3 * ours['seconds']:8.2f} ms {ours['kept_bytes'] / 1e6:8.2f} MB"
-    if "peft" not in measured:
-        return f"{said}   (PEFT has none)"
-    theirs = measured["peft"]
-    faster, kept = theirs["seconds"] / ours["seconds"], ours["kept_bytes"] / theirs["kept_bytes"]
-    peers = f"{1e3 * theirs['seconds']:8.2f} ms {theirs['kept_bytes'] / 1e6:8.2f} MB"
-    return f"{said}   PEFT {peers}   {faster:.2f}x as fast, {kept:.0%} of the memory"
+    """One type as a row of the table in README.md."""
+    ours, theirs = measured["luthier"], measured.get("peft")
+    cells = [
+        f"{1e3 * ours['seconds']:.1f} ms",
+        f"{ours['kept_bytes'] / 1e6:.1f} MB",
+        f"{ours['peak_bytes'] / 1e6:.1f} MB",
+    ]
+    if theirs is None:
+        return f"| {word} | {' | '.join(cells)} | | | |"
+    cells.append(f"{theirs['seconds'] / ours['seconds']:.2f}x")
+    cells += [f"{ours[kind] / theirs[kind]:.2f}" for kind in kinds]
+    return f"| {word} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
