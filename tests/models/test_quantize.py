@@ -9,12 +9,11 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from luthier.adapters.adapted import AdaptedLinear
 from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
-from luthier.adapters.merge import merge_adapters
+from luthier.adapters.merge import adapters_merged, merge_adapters, remove_adapters
 from luthier.adapters.peft_format import read_adapter, save_adapter
-from luthier.adapters.switch import adapters_off
-from luthier.errors import ModelError
+from luthier.adapters.switch import activate, adapters_off, assign_rows, delete_adapter, mix_adapters
+from luthier.errors import AdapterError, ModelError
 from luthier.models.adapted import load_adapted
 from luthier.models.load import load
 from luthier.models.merge import merge_into
@@ -29,8 +28,10 @@ CASES = {
     "lora_on_two": LoRA(r=4, target_modules=("q_proj", "down_proj")),
     "dora": DoRA(r=4),
     "loftq": LoRA(r=4, init="loftq", iterations=2),
+    "olora": LoRA(r=4, init="olora"),
     "pissa": LoRA(r=4, init="pissa"),
 }
+FROM_THE_WEIGHT = ("loftq", "olora", "pissa")
 each_scheme = pytest.mark.parametrize("scheme", ["nf4", "int8"])
 
 
@@ -59,10 +60,10 @@ def adapted(settings: AnyAdapter, scheme: str, model: LlamaForCausalLM | None = 
 
 @each_scheme
 def test_the_linear_layers_are_stored_and_adapters_sit_on_them(scheme: str) -> None:
-    model = adapted(LoRA(r=4, modules_to_save=("lm_head",)), scheme)
+    model = adapted(LoRA(r=4, target_modules=("q_proj",), modules_to_save=("k_proj", "norm")), scheme)
     assert quantized_as(model) == scheme
     for path, layer in adapted_layers(model).items():
-        assert isinstance(layer.base, QuantizedLinear) == isinstance(layer, AdaptedLinear), path
+        assert isinstance(layer.base, QuantizedLinear) == path.endswith("q_proj"), path
         assert all(adapter.place is layer.base for adapter in layer.adapters.values())
 
 
@@ -130,11 +131,85 @@ def test_the_merged_model_is_what_was_trained(case: str, scheme: str, tmp_path: 
     torch.testing.assert_close(logits(trained), expected, rtol=0, atol=1e-5)
 
 
+def test_the_certificate_compares_with_the_whole_base(tmp_path: Path) -> None:
+    """PiSSA's start changes nothing: quantized or not, what it took is there with it and without it."""
+    model = stored_base(tmp_path)
+    started = adapted(CASES["pissa"], "nf4", load(str(model)).network, trained=False)
+    save_adapter(started, tmp_path / "adapter", base_model=str(model), quantize_base="nf4")
+    merged = merge_into(resolve(str(model)), tmp_path / "adapter", tmp_path / "merged", verify=True)
+    assert merged.certificate is not None
+    assert merged.certificate.kl_of_base < 1e-9
+
+
 def test_switched_off_the_quantized_base_is_there() -> None:
     model, bare = adapted(LoRA(r=4), "nf4"), network()
     quantize_base(bare, "nf4")
     with adapters_off(model):
         assert torch.equal(logits(model), logits(bare))
+
+
+@torch.no_grad()
+@each_scheme
+@pytest.mark.parametrize("case", FROM_THE_WEIGHT)
+def test_switched_off_the_base_has_what_its_adapter_took(case: str, scheme: str) -> None:
+    """Q(W - s R) + s R in each layer, which is formed here; to 1e-5, as one product instead of two."""
+    model, whole = adapted(CASES[case], scheme), network()
+    for path, layer in adapted_layers(model).items():
+        (adapter,), dense = layer.adapters.values(), whole.get_submodule(path)
+        taken = adapter.scale * adapter.taken_B @ adapter.taken_A
+        dense.weight.copy_(round_trip(dense.weight - taken, scheme) + taken)
+    with adapters_off(model):
+        torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=1e-5)
+    with assign_rows(model, [None, "default"]):
+        torch.testing.assert_close(logits(model)[:1], logits(whole)[:1], rtol=0, atol=1e-5)
+    activate(model)
+    with adapters_merged(model):
+        torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", FROM_THE_WEIGHT)
+def test_a_share_over_a_quantized_base_is_that_much_of_the_way_from_the_base(case: str) -> None:
+    """To 1e-5 in each layer, applied and merged."""
+    model = adapted(CASES[case], "nf4")
+    for layer in adapted_layers(model).values():
+        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        mix_adapters(model, {"default": 1.0})
+        with adapters_off(model):
+            base = layer(x)
+        expected = base + 0.3 * (layer(x) - base)
+        mix_adapters(model, {"default": 0.3})
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+        with adapters_merged(model):
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_of_two_that_started_from_the_weight_one_alone_is_right() -> None:
+    """Each layer without the other: Q(W - R1 - R2) + R2 + B1 A1, formed here."""
+    model = network()
+    for name in ("one", "two"):
+        inject(model, LoRA(r=4, init="pissa", target_modules=("q_proj",)), seed=3, name=name)
+    quantize_base(model, "nf4")
+    activate(model, "one")
+    for layer in adapted_layers(model).values():
+        one, two = layer.adapters.values()
+        weight = layer.base.weight + two.scale * two.taken_B @ two.taken_A + one.scale * one.lora_B @ one.lora_A
+        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(layer(x), x @ weight.T, rtol=0, atol=1e-5)
+        with adapters_merged(model):
+            torch.testing.assert_close(layer(x), x @ weight.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", FROM_THE_WEIGHT)
+def test_an_adapter_stays_on_the_base_that_was_quantized_without_its_part(case: str) -> None:
+    model = adapted(CASES[case], "nf4")
+    before = logits(model)
+    for call in (lambda: delete_adapter(model, "default"), lambda: remove_adapters(model)):
+        with pytest.raises(AdapterError, match="quantized without what this adapter started from"):
+            call()
+    assert torch.equal(logits(model), before)
+    delete_adapter(adapted(LoRA(r=4), "nf4"), "default")
 
 
 def test_a_network_is_not_quantized_twice() -> None:

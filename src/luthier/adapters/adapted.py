@@ -4,16 +4,49 @@ An adapter is called with the module's inputs and with `base`, a callable that i
 adapters further in. Nothing here knows what kind of adapter it calls.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapted", "AdaptedLinear", "Base", "bare", "put_back"]
+from luthier.errors import AdapterError
+from luthier.kernels.streams import STREAM_MULTIPLE
+
+__all__ = ["Adapted", "AdaptedLinear", "Base", "Rows", "bare", "put_back", "refuse_stripped"]
 
 Base = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which adapter serves which rows of a batch, or which tokens of a stream in which the rows lie end to end.
+
+    places: by adapter, or None for the base, the numbers of its rows or tokens. count: of all of them.
+    """
+
+    places: Mapping[str | None, Tensor]
+    count: int
+    in_stream: bool
+
+    def cut(self, x: Tensor) -> Tensor:
+        """x: [rows, ..., in] or [rows * tokens, in]; of a stream [1, tokens, in] or [tokens, in], made up at its end.
+
+        Gives [rows, tokens, in], or [tokens, 1, in]. Raises AdapterError for another number of rows or tokens.
+        """
+        *outer, tokens, size = x.shape
+        if self.in_stream:
+            fits = all(n == 1 for n in outer) and 0 <= tokens - self.count < STREAM_MULTIPLE
+        else:
+            fits = outer[0] == self.count if outer else tokens % self.count == 0
+        if not fits:
+            raise AdapterError(
+                f"assign_rows: {self.count} {'tokens in one stream' if self.in_stream else 'rows'} have adapters, and "
+                f"a layer is called with {list(x.shape)}; name an adapter, or None, for each row of the batch"
+            )
+        return x.reshape(-1, 1, size) if self.in_stream else x.reshape(self.count, -1, size)
 
 
 class Adapted(nn.Module):
@@ -29,13 +62,18 @@ class Adapted(nn.Module):
         self.adapters: Any = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.shares: dict[str, float] = {}  # of an adapter's effect, where that is not the whole
-        self.rows: tuple[tuple[str | None, Tensor], ...] = ()  # which adapter serves which rows of a batch, if several
+        self.rows: Rows | None = None  # which adapter serves which rows of a batch, if each has its own
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the base is, for a while, another than the adapters were put on, into which they are merged."""
+        return any(adapter.place is not self.base for adapter in self.adapters.values())
 
     @property
     def weight(self) -> Tensor:
@@ -49,21 +87,38 @@ class Adapted(nn.Module):
         """Weight and bias with the active adapters merged in; the base stays as it is."""
         weight: Any = getattr(self.base, "weight", None)  # none of its own where the module is a block or a body
         bias: Tensor | None = getattr(self.base, "bias", None)
-        for name in self.active:
-            new_weight, new_bias = self.adapters[name].merge(weight, bias)
-            share = self.shares.get(name, 1.0)
-            weight, bias = _toward(weight, new_weight, share), _toward(bias, new_bias, share)
+        for adapter in self._not_among(self._shares):
+            weight = adapter.restore(weight)
+        for name, share in self._shares.items():
+            adapter = self.adapters[name]
+            new_weight, new_bias = adapter.merge(weight, bias)
+            without = adapter.restore(weight) if share != 1 else weight
+            weight, bias = _toward(without, new_weight, share), _toward(bias, new_bias, share)
         return weight, bias
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """As the base."""
-        return self._apply_all(self.active)(*inputs, **options)
+        return self._apply_all(self._shares)(*inputs, **options)
 
-    def _apply_all(self, names: Sequence[str]) -> Base:
+    @property
+    def _shares(self) -> dict[str, float]:
+        return {name: self.shares.get(name, 1.0) for name in self.active}
+
+    def _apply_all(self, shares: Mapping[str, float]) -> Base:
         apply: Base = self.base
-        for name in names:
-            apply = partial(self.adapters[name], base=apply)
+        for adapter in self._not_among(shares):
+            apply = partial(adapter.base_alone, base=apply)
+        for name, share in shares.items():
+            inner, apply = apply, partial(self.adapters[name], base=apply)
+            if share != 1:
+                without = partial(self.adapters[name].base_alone, base=inner)
+                apply = partial(_shared, inner=without, outer=apply, share=share)
         return apply
+
+    def _not_among(self, names: Collection[str]) -> list[Any]:
+        """The adapters that do not apply and have a part of the base's weight."""
+        idle = [adapter for name, adapter in self.adapters.items() if adapter.stripped and name not in names]
+        return idle if idle and not self.is_merged else []
 
 
 class AdaptedLinear(Adapted):
@@ -73,36 +128,27 @@ class AdaptedLinear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        if self.rows:
-            return self._by_rows(x)
-        if not self.active:
-            plain: Tensor = self.base(x)
+        if self.rows is not None:
+            return self._by_rows(x, self.rows)
+        apply = self._apply_all(self._shares)
+        if apply is self.base:
+            plain: Tensor = apply(x)
             return plain
-        flat: Tensor = self._apply_all(self.active)(x.reshape(-1, x.shape[-1]))
+        flat: Tensor = apply(x.reshape(-1, x.shape[-1]))
         return flat.view(*x.shape[:-1], -1)
 
-    def _apply_all(self, names: Sequence[str]) -> Base:
-        apply: Base = self.base
-        for name in names:
-            apply = partial(self.adapters[name], base=apply)
-            if (share := self.shares.get(name, 1.0)) != 1:
-                apply = partial(_shared, inner=apply.keywords["base"], outer=apply, share=share)
-        return apply
-
-    def _by_rows(self, x: Tensor) -> Tensor:
-        """x: [rows, ..., in], or [1, tokens, in] where a stream's tokens are what is assigned; what a stream is made up
-        with has no adapter.
-        """
-        dim = 1 if x.shape[0] == 1 else 0
-        num_assigned = sum(len(rows) for _, rows in self.rows)
+    def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        """Each row's adapter applies wholly; what a stream is made up with has none."""
+        cut = rows.cut(x)
+        behind = torch.arange(rows.count, len(cut), device=x.device)
         parts, places = [], []
-        for name, rows in (*self.rows, (None, torch.arange(num_assigned, x.shape[dim], device=x.device))):
-            given = x.index_select(dim, rows)
-            apply = self._apply_all([name] if name is not None and name in self.adapters else [])
-            output: Tensor = apply(given.reshape(-1, x.shape[-1]))
-            parts.append(output.view(*given.shape[:-1], output.shape[-1]))
-            places.append(rows)
-        return torch.cat(parts, dim).index_select(dim, torch.cat(places).argsort())
+        for name, numbers in (*rows.places.items(), *([(None, behind)] if len(behind) else [])):
+            apply = self._apply_all({name: 1.0} if name is not None and name in self.adapters else {})
+            output: Tensor = apply(cut.index_select(0, numbers).flatten(0, 1))
+            parts.append(output.unflatten(0, (len(numbers), cut.shape[1])))
+            places.append(numbers)
+        joined = torch.cat(parts).index_select(0, torch.cat(places).argsort())
+        return joined.view(*x.shape[:-1], joined.shape[-1])
 
 
 def _shared(x: Tensor, *, inner: Base, outer: Base, share: float) -> Tensor:
@@ -125,8 +171,21 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def put_back(network: nn.Module, layers: Collection[Adapted]) -> None:
-    """Exchanges these for their bases; adapters that are still on them are gone."""
+    """Exchanges these for their bases; adapters that are still on them are gone. Raises AdapterError as
+    `refuse_stripped` does, with the network as it was.
+    """
+    refuse_stripped(adapter for layer in layers if not layer.is_merged for adapter in layer.adapters.values())
     inner_first = reversed(list(network.named_modules()))
     for path, module in inner_first:
         if isinstance(module, Adapted) and module in layers:
             network.set_submodule(path, module.base)
+
+
+def refuse_stripped(adapters: Iterable[Any]) -> None:
+    """Raises AdapterError where one of these has a part of the weight that the base was stored without."""
+    for adapter in adapters:
+        if adapter.stripped:
+            raise AdapterError(
+                f"{adapter.name}: the base was quantized without what this adapter started from, so it cannot do "
+                "without the adapter; switch it off, or load the model anew"
+            )

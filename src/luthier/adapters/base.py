@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from luthier.adapters.adapted import Base
 from luthier.adapters.targets import Linear, linear_targets
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AnyAdapter
@@ -72,6 +73,7 @@ class Adapter(nn.Module, ABC):
     peft: ClassVar[PeftForm | None] = None  # None for a type that PEFT does not have
     file_names: ClassVar[Mapping[str, str]] = {}  # of parameters whose name in PEFT's file is another
     optional_keys: ClassVar[frozenset[str]] = frozenset()  # what PEFT's file may hold besides
+    stripped: bool = False  # whether the base was stored without a part of its weight, which this adapter has
 
     def __init__(
         self, place: nn.Module, settings: AnyAdapter, *, name: str, config: PretrainedConfig | None = None
@@ -90,7 +92,9 @@ class Adapter(nn.Module, ABC):
 
     @property
     def sees_rows(self) -> bool:
-        """Whether it is called with one row a token, as the adapters of linear layers are."""
+        """Whether it changes each row of a linear layer's input by itself, so that a share of it, or some rows with it,
+        make sense.
+        """
         return isinstance(self.place, Linear)
 
     @property
@@ -138,8 +142,17 @@ class Adapter(nn.Module, ABC):
         return shape
 
     def strip(self, weight: Tensor) -> Tensor:
-        """The weight [out, in] that is to be quantized under this adapter. Pure."""
+        """The weight [out, in] that is to be quantized under this adapter, which from then on counts on it."""
         return weight
+
+    def restore(self, weight: Tensor) -> Tensor:
+        """A stripped weight [out, in] with what was taken off it; any other as it is. Pure."""
+        return weight
+
+    def base_alone(self, x: Tensor, base: Base) -> Tensor:
+        """What `base` gives where this adapter does not apply: with what a stripped one is without."""
+        whole: Tensor = base(x)
+        return whole
 
     def parameter(self, name: str, value: Tensor) -> Tensor:
         """What stands for a parameter of the module, for code that reads it instead of calling the module."""

@@ -47,7 +47,6 @@ class LoRA(Adapter):
         self.lora_B = Parameter(torch.zeros(self.out_features, self.r, device=self.device))
         bias = self.place.bias if self.settings.bias != "none" else None
         self.bias = None if bias is None else Parameter(bias.detach().to(torch.float32, copy=True))
-        self.stripped = False  # whether the base is without what the start took from it
         remembers = self.settings.init in _FROM_THE_WEIGHT
         self.register_buffer("taken_A", torch.zeros_like(self.lora_A.detach()) if remembers else None)
         self.register_buffer("taken_B", torch.zeros_like(self.lora_B.detach()) if remembers else None)
@@ -99,11 +98,22 @@ class LoRA(Adapter):
             return plus_product(weight, a, b, self.scale), bias
 
     def strip(self, weight: Tensor) -> Tensor:
-        """Without what the start took; from then on the base counts as being without it."""
-        self.stripped = True
+        """Without what the start took."""
         if self.taken_A is None or self.taken_B is None:
             return weight
+        self.stripped = True
         return plus_product(weight, self.taken_A, self.taken_B, -self.scale)
+
+    def restore(self, weight: Tensor) -> Tensor:
+        if not self.stripped or self.taken_A is None or self.taken_B is None:
+            return weight
+        return plus_product(weight, self.taken_A, self.taken_B, self.scale)
+
+    def base_alone(self, x: Tensor, base: Base) -> Tensor:
+        whole: Tensor = base(x)
+        if not self.stripped or self.taken_A is None or self.taken_B is None:
+            return whole
+        return add_low_rank(whole, x, self.taken_A, self.taken_B, self.scale)
 
     def saved(self) -> dict[str, Tensor]:
         """A LoRA on the original weight: with what was taken off, of twice the rank."""

@@ -14,6 +14,7 @@ from luthier.adapters.adapted import Adapted, AdaptedLinear, put_back
 from luthier.adapters.base import Adapter
 from luthier.adapters.inject import adapted_layers
 from luthier.adapters.new_tokens import TokenRows
+from luthier.adapters.switch import refuse_rows
 from luthier.adapters.targets import Linear
 from luthier.errors import AdapterError
 
@@ -61,8 +62,10 @@ def adapters_merged(network: nn.Module) -> Iterator[None]:
     """The active adapters merged for the time of the context, so that the model is as fast as its base.
 
     Afterwards the layers are what they were, bit for bit, because the originals are kept: it takes as much memory as
-    the adapted weights. Modules whose adapters cannot be merged go on applying them.
+    the adapted weights. Modules whose adapters cannot be merged go on applying them. Raises AdapterError while rows
+    have adapters of their own.
     """
+    refuse_rows(network)
     exchanged: list[tuple[Adapted, nn.Module, tuple[str, ...]]] = []
     try:
         with torch.no_grad():

@@ -20,9 +20,8 @@ def quantize_base(network: nn.Module, scheme: str) -> int:
     Raises ModelError for a scheme that is not known, and where the network is quantized already.
     """
     carriers = {path: module for path, module in network.named_modules() if isinstance(module, Adapted)}
-    copied = [f"{path}.base" for path, carrier in carriers.items() if not isinstance(carrier, AdaptedLinear)]
-    dense = [path for path in copied if isinstance(network.get_submodule(path), nn.Linear)]
     linear = {f"{path}.base": carrier for path, carrier in carriers.items() if isinstance(carrier, AdaptedLinear)}
+    dense = [path for path, carrier in linear.items() if not all(a.sees_rows for a in carrier.adapters.values())]
     return quantize_layers(
         network, scheme, keep=dense, strip=partial(_stripped, linear), exchanged=partial(_move, linear)
     )
