@@ -51,6 +51,24 @@ def test_every_step_costs_memory_and_time(base: str) -> None:
     assert all(cost.seconds is not None for cost in costs)
 
 
+def test_veras_memory_holds_the_shared_pair_once(base: str) -> None:
+    """In float32: A [256, 96] and B [96, 256] for all layers, x A^T [32, 256] kept in each of the 14, and parameters,
+    gradients and moments; less at most the gradient of the embeddings, [32, 64], which the frozen model's step has
+    alone. A second pair is out of reach.
+    """
+    (cost,), _ = adapter_costs(base, types=["vera"], dtype="fp32", num_tokens=32, repeats=0)
+    pair, products = 4 * 2 * 256 * 96, 4 * 14 * 32 * 256
+    expected = pair + products + 16 * cost.trainable_parameters
+    assert expected - 4 * 32 * 64 <= cost.memory_bytes < expected + pair
+
+
+@pytest.mark.parametrize(("word", "r"), [("lora", 4), ("adalora", 4), ("vera", 256), ("ia3", None)])
+def test_the_rank_that_was_counted_is_said(word: str, r: int | None, base: str) -> None:
+    """VeRA's is another kind of rank, so it keeps its own."""
+    (cost,), _ = adapter_costs(base, types=[word], r=4, dtype="fp32", num_tokens=32, repeats=0)
+    assert cost.as_dict()["r"] == r
+
+
 def test_a_rank_above_a_layers_size_is_refused(base: str) -> None:
     with pytest.raises(AdapterError, match="r: 64 is above the layer's size; at most 32"):
         adapter_costs(base, types=["lora"], r=64, num_tokens=32, repeats=0)
