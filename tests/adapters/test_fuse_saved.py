@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from luthier.adapters.dylora import set_rank
 from luthier.adapters.fuse_saved import fuse_saved
 from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
 from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.adapters.switch import mix_adapters
 from luthier.errors import AdapterError
-from luthier.recipe.adapters import AnyAdapter, DoRA, LoRA
+from luthier.recipe.adapters import AnyAdapter, DoRA, DyLoRA, LoRA
 
 IDS = torch.arange(12)[None]
 
@@ -61,6 +62,18 @@ def test_peft_reads_a_fused_adapter(tmp_path: Path) -> None:
     load_adapter(ours, tmp_path / "fused")
     theirs = peft.PeftModel.from_pretrained(network(), tmp_path / "fused")
     torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_a_dylora_is_fused_at_the_rank_that_its_file_remembers(tmp_path: Path) -> None:
+    model = network()
+    load_adapter(model, saved(tmp_path, DyLoRA(r=4, alpha=3), seed=1))
+    set_rank(model, 2)
+    save_adapter(model, tmp_path / "chosen", base_model="base")
+    settings = fuse_saved([tmp_path / "chosen"], tmp_path / "fused", method="concatenate")
+    assert settings.r == 2
+    expected = merged_weights((tmp_path / "chosen", 1.0))
+    for path, weight in merged_weights((tmp_path / "fused", 1.0)).items():
+        torch.testing.assert_close(weight, expected[path], rtol=0, atol=1e-5, msg=path)
 
 
 def test_adapters_of_other_models_or_types_are_refused(tmp_path: Path) -> None:
