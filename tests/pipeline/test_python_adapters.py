@@ -45,7 +45,7 @@ def logits(model: lt.Model, text: str = "say <plan> of two") -> Tensor:
 def move(model: lt.Model) -> None:
     """Changes every adapter, as training would."""
     for i, parameter in enumerate(adapter_parameters(model.network).values()):
-        parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)).to(parameter)
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)).to(parameter), alpha=0.05)
 
 
 def trained(
