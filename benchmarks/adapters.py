@@ -212,11 +212,8 @@ def main() -> None:
 def line(word: str, measured: dict[str, dict[str, float]]) -> str:
     """One type as a row of the table in README.md."""
     ours, theirs = measured["luthier"], measured.get("peft")
-    cells = [
-        f"{1e3 * ours['seconds']:.1f} ms",
-        f"{ours['kept_bytes'] / 1e6:.1f} MB",
-        f"{ours['peak_bytes'] / 1e6:.1f} MB",
-    ]
+    kinds = ("kept_bytes", "peak_bytes")
+    cells = [f"{1e3 * ours['seconds']:.1f} ms", *(f"{ours[kind] / 1e6:.1f} MB" for kind in kinds)]
     if theirs is None:
         return f"| {word} | {' | '.join(cells)} | | | |"
     cells.append(f"{theirs['seconds'] / ours['seconds']:.2f}x")
