@@ -45,7 +45,8 @@ def logits(model: lt.Model, text: str = "say <plan> of two") -> Tensor:
 def move(model: lt.Model) -> None:
     """Changes every adapter, as training would."""
     for i, parameter in enumerate(adapter_parameters(model.network).values()):
-        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)).to(parameter), alpha=0.05)
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        parameter.add_(noise.to(parameter), alpha=0.05)
 
 
 def trained(
