@@ -262,7 +262,7 @@ def test_tokens_that_differ_from_layer_to_layer_are_refused(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["trainable_token_indices"] = {"embed_tokens": [97, 98], "lm_head": [97]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match="trains other tokens in embed_tokens than in lm_head"):
+    with pytest.raises(AdapterError, match="asks for other tokens in embed_tokens than in lm_head"):
         load_adapter(network(), tmp_path)
 
 
@@ -314,7 +314,7 @@ def test_wrong_tokens_are_one_sentence(fields: dict[str, object], sentence: str)
 
 def test_a_token_and_a_whole_layer_are_not_trained_at_once(network: Callable[[], LlamaForCausalLM]) -> None:
     settings = NEW.model_copy(update={"modules_to_save": ("lm_head",)})
-    with pytest.raises(AdapterError, match="lm_head carries the adapter already"):
+    with pytest.raises(AdapterError, match="lm_head (carries the adapter already|shares its weight with)"):
         inject(network(), settings, seed=0)
 
 

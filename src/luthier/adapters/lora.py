@@ -21,7 +21,6 @@ from luthier.kernels.low_rank import add_low_rank
 __all__ = ["LoRA", "checked_rank", "plus_product"]
 
 _MERGED_ROWS = 256  # of a weight at a time, so that merging a layer takes little more than the merged layer
-_FROM_THE_WEIGHT = ("loftq", "olora", "pissa")
 
 
 class LoRA(Adapter):
@@ -47,7 +46,7 @@ class LoRA(Adapter):
         self.lora_B = Parameter(torch.zeros(self.out_features, self.r, device=self.device))
         bias = self.place.bias if self.settings.bias != "none" else None
         self.bias = None if bias is None else Parameter(bias.detach().to(torch.float32, copy=True))
-        remembers = self.settings.init in _FROM_THE_WEIGHT
+        remembers = self.settings.takes_parts
         self.register_buffer("taken_A", torch.zeros_like(self.lora_A.detach()) if remembers else None)
         self.register_buffer("taken_B", torch.zeros_like(self.lora_B.detach()) if remembers else None)
 
@@ -56,7 +55,7 @@ class LoRA(Adapter):
         Or both from the weight, and what they took remembered.
         """
         init, shape = self.settings.init, tuple(self.lora_A.shape)
-        if init in _FROM_THE_WEIGHT:
+        if self.settings.takes_parts:
             now, taken = self._from_weight(start)
             _copy((self.lora_A, self.lora_B), now)
             _copy((self.taken_A, self.taken_B), taken)
@@ -136,7 +135,7 @@ class LoRA(Adapter):
     @classmethod
     def peft_words(cls, settings: Any, adapters: Sequence[Any]) -> dict[str, object]:
         """With what was taken off, the ranks are twice as high and the strength stays."""
-        if settings.init not in _FROM_THE_WEIGHT:
+        if not settings.takes_parts:
             return {"init_lora_weights": "gaussian" if settings.init == "gaussian" else True}
         growth = 2**0.5 if settings.rs_scaling else 2
         return {

@@ -79,6 +79,11 @@ class _LoRALike(LowRank):
     lr_ratio_b: Positive = 1.0
     """How many times A's learning rate B learns with; LoRA+ (Hayou et al. 2024) takes 16."""
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether it starts from parts of the weight, which the weight must then be without."""
+        return False
+
     def scale_of(self, layer: str) -> float:
         """alpha / r of a layer, or alpha / sqrt(r)."""
         r = self.rank_of(layer)
@@ -100,7 +105,6 @@ class LoRA(_LoRALike):
 
     @property
     def takes_parts(self) -> bool:
-        """Whether it starts from parts of the weight, which the weight must then be without."""
         return self.init in ("loftq", "olora", "pissa")
 
 
