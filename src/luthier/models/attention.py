@@ -66,29 +66,29 @@ def _attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     segment_lengths: Sequence[int] | None = None,
     position_ids: Tensor | None = None,
     prefix: Sequence[KeysAndValues] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    window = options.pop("sliding_window", getattr(module, "sliding_window", None))  # Qwen2MoE passes none along
     before = None if prefix is None else _cast(prefix[module.layer_idx], key.dtype)
     if segment_lengths is None:
-        if attention_mask is None and sliding_window is not None and query.shape[2] == key.shape[2]:
-            attention_mask = window_mask(query.shape[2], sliding_window, query.device)
+        if attention_mask is None and window is not None and query.shape[2] == key.shape[2]:
+            attention_mask = window_mask(query.shape[2], window, query.device)
         if before is not None:
             key, value, attention_mask = put_prefix(
                 *(key, value, attention_mask, before),
                 num_queries=query.shape[2],
                 positions=position_ids,
-                window=sliding_window,
+                window=window,
             )
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return output, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = ragged_attention(query, key, value, segment_lengths, scale=scale, window=sliding_window, prefix=before)
+    attended = ragged_attention(query, key, value, segment_lengths, scale=scale, window=window, prefix=before)
     return attended.transpose(1, 2), None
 
 
