@@ -7,14 +7,18 @@ from torch import Tensor
 from luthier.kernels.hadamard import add_hadamard, add_hadamard_plain, as_low_rank
 
 TOKENS, IN, OUT, SCALE = 11, 9, 14, 0.7
-WAYS = pytest.mark.parametrize("r", [2, 5], ids=["thin", "dense"])  # 2^2 * 23 < 9 * 14 < 5^2 * 23
+# Of 11 tokens: 12 * 2^2 * 23 < 15 * 126, and 12 * 5^2 * 23 > 21 * 126; four times the tokens and sizes change neither.
+WAYS = pytest.mark.parametrize("r", [2, 5], ids=["thin", "dense"])
 
 
 def leaves(r: int, dtype: torch.dtype, factors: torch.dtype, *, size: int = 1) -> list[Tensor]:
     """output, x, A1, B1, A2, B2."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((TOKENS, OUT), (TOKENS, IN), (OUT, r), (r, IN), (OUT, r), (r, IN))
-    made = [torch.randn(*(size * n for n in shape), generator=generator, dtype=torch.float64) for shape in shapes]
+    made = [
+        torch.randn(*(n if n == r else size * n for n in shape), generator=generator, dtype=torch.float64)
+        for shape in shapes
+    ]
     return [t.to(dtype if i < 2 else factors).requires_grad_() for i, t in enumerate(made)]
 
 
@@ -86,3 +90,12 @@ def test_two_thin_matrices_make_the_same_product() -> None:
     b, a = as_low_rank((a1, b1, a2, b2))
     assert (b.shape, a.shape) == ((9, IN), (OUT, 9))
     torch.testing.assert_close(a @ b, (a1 @ b1) * (a2 @ b2), rtol=0, atol=1e-12)
+
+
+def test_a_token_alone_makes_no_dense_matrix() -> None:
+    """As in decoding: 2 * 5^2 * 23 < 11 * 126."""
+    inputs = [t if i > 1 else t[:1] for i, t in enumerate(leaves(5, torch.float64, torch.float64))]
+    one = run(inputs)
+    assert one.grad_fn.name() == "_AddLowRankBackward"
+    assert run(leaves(5, torch.float64, torch.float64)).grad_fn.name() == "_AddDenseBackward"
+    torch.testing.assert_close(one, run_plain(inputs), rtol=0, atol=1e-12)

@@ -73,3 +73,13 @@ def test_an_input_that_needs_no_gradient_leaves_the_factors_theirs() -> None:
     plain = torch.autograd.grad(add_kronecker_plain(output, x, c, d, SCALE).sum(), (c, d))
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_no_tokens_at_all_give_none_and_gradients_of_zero() -> None:
+    """As where no row of a batch is assigned to an adapter."""
+    inputs = leaves((3, 4, 5, 2), torch.float32, torch.float32)
+    output, x, c, d = inputs[0][:0], inputs[1][:0], *inputs[2:]
+    updated = add_kronecker(output * 1, x, c, d, SCALE)
+    assert updated.shape == (0, 15)
+    updated.sum().backward()
+    assert not any(t.grad.any() for t in inputs)

@@ -65,3 +65,18 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     (first,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_a_weight_that_lies_in_a_wider_one_gives_the_same() -> None:
+    """Its rows have gaps between them; to 1e-5, and exactly what a copy without gaps gives."""
+    x, wide = torch.randn(64, 24, generator=torch.Generator().manual_seed(0)), inputs(40)[1].detach()
+    wide = torch.cat([wide, wide], dim=1).requires_grad_()
+    found, expected = linear(x, wide[:, :24]), linear(x, wide[:, :24].contiguous())
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), wide)[0] for y in (found, expected)))
+
+
+def test_a_product_over_nothing_is_zero() -> None:
+    """As the gradient of a weight that no token met."""
+    assert torch.equal(product(torch.ones(24, 0), torch.ones(40, 0)), torch.zeros(24, 40))
+    assert product(torch.ones(0, 24), torch.ones(40, 24)).shape == (0, 40)

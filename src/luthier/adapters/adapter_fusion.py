@@ -21,7 +21,7 @@ from luthier.adapters.base import Adapter, Start
 from luthier.adapters.bottleneck import Bottleneck, sublayer_input, sublayers, with_output
 from luthier.adapters.starts import gaussian
 from luthier.errors import AdapterError, RecipeError
-from luthier.kernels.bottleneck import ACTIVATIONS
+from luthier.kernels.activations import ACTIVATIONS
 from luthier.kernels.linear import linear
 from luthier.recipe.adapters import AnyAdapter
 from luthier.recipe.adapters import Bottleneck as Member

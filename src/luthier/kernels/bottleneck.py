@@ -5,7 +5,6 @@ sums the two ways of its gradient in another. Here s goes into the narrow factor
 result is a new tensor and not y overwritten: where x is y, the gradient of D needs it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,36 +13,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from luthier.kernels.activations import ACTIVATIONS
 from luthier.kernels.linear import product
 
-__all__ = ["ACTIVATIONS", "Middle", "Weights", "add_bottleneck", "add_bottleneck_plain"]
-
-Activation = Callable[[Tensor], Tensor]
-ActivationGradient = Callable[[Tensor, Tensor], Tensor]
-
-
-def _relu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(grad, x, 0)  # type: ignore[no-any-return]
-
-
-def _silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(grad, x)  # type: ignore[no-any-return]
-
-
-def _gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, x)  # type: ignore[no-any-return]
-
-
-def _tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.tanh_backward(grad, torch.tanh(x))  # type: ignore[no-any-return]
-
-
-ACTIVATIONS: dict[str, tuple[Activation, ActivationGradient]] = {
-    "gelu": (torch.nn.functional.gelu, _gelu_gradient),
-    "relu": (torch.relu, _relu_gradient),
-    "silu": (torch.nn.functional.silu, _silu_gradient),
-    "tanh": (torch.tanh, _tanh_gradient),
-}
+__all__ = ["Middle", "Weights", "add_bottleneck", "add_bottleneck_plain"]
 
 
 class Weights(NamedTuple):
@@ -78,6 +51,7 @@ def add_bottleneck(output: Tensor, x: Tensor | None, weights: Weights, middle: M
     output: y [tokens, hidden]. x: [tokens, hidden], or None where it is y. Products run in y's type, gradients of the
     weights come in their own (float32 masters over a bfloat16 base).
     """
+    x = None if x is None else x.to(output.dtype)  # of another one under autocast
     updated: Tensor = _AddBottleneck.apply(output, x, *weights, middle)
     return updated
 

@@ -4,36 +4,18 @@ Plain autograd keeps act(gate) as a third tensor of the widest size in the model
 which costs one pass over memory and no matrix product.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from luthier.kernels.activations import ACTIVATIONS
+
 __all__ = ["GATES", "gated"]
 
 
-def _silu_gradient(grad: Tensor, gate: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(grad, gate)  # type: ignore[no-any-return]
-
-
-def _gelu_tanh(gate: Tensor) -> Tensor:
-    return torch.nn.functional.gelu(gate, approximate="tanh")
-
-
-def _gelu_tanh_gradient(grad: Tensor, gate: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")  # type: ignore[no-any-return]
-
-
-Activation = Callable[[Tensor], Tensor]
-ActivationGradient = Callable[[Tensor, Tensor], Tensor]
-
-GATES: dict[str, tuple[Activation, ActivationGradient]] = {
-    "silu": (torch.nn.functional.silu, _silu_gradient),
-    "gelu_pytorch_tanh": (_gelu_tanh, _gelu_tanh_gradient),
-}
+GATES = {name: ACTIVATIONS[name] for name in ("gelu_pytorch_tanh", "silu")}
 
 
 def gated(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:

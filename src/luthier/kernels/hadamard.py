@@ -1,7 +1,8 @@
 """The update y + scale * x ((A1 B1) * (A2 B2))^T of two low-rank products, multiplied element by element.
 
 Their product has rank r^2: each of its columns pairs one of A1 with one of A2, each of its rows one of B1 with one of
-B2. As long as r^2 is small against the layer, these two thin matrices are far cheaper than the dense one. The backward
+B2. As long as r^2 or the number of tokens is small, these two thin matrices are far cheaper than the dense
+one. The backward
 pass keeps x and the factors and forms everything else again.
 """
 
@@ -28,13 +29,18 @@ def add_hadamard_plain(output: Tensor, x: Tensor, factors: Hadamard, scale: floa
 def add_hadamard(output: Tensor, x: Tensor, factors: Hadamard, scale: float) -> Tensor:
     """output + scale * x ((A1 B1) * (A2 B2))^T, written into `output`, which must not be needed by what made it.
 
-    output: [tokens, out]. x: [tokens, in]. Products over tokens run in x's type; gradients of the factors come in their
-    own.
+    output: [tokens, out]. x: [tokens, in]. Products over tokens run in the output's type; gradients of the factors come
+    in their own.
     """
-    (num_out, r), num_in = factors[0].shape, x.shape[1]
-    way = _AddLowRank if r * r * (num_in + num_out) < num_in * num_out else _AddDense
-    updated: Tensor = way.apply(output, x, *factors, scale)
+    way = _AddLowRank if _thin_is_cheaper(x, factors) else _AddDense
+    updated: Tensor = way.apply(output, x.to(output.dtype), *factors, scale)
     return updated
+
+
+def _thin_is_cheaper(x: Tensor, factors: Hadamard) -> bool:
+    """By multiplications: those of forming the matrices and those of every token."""
+    (num_out, r), (num_tokens, num_in) = factors[0].shape, x.shape
+    return (1 + num_tokens) * r * r * (num_in + num_out) < (2 * r + num_tokens) * num_in * num_out
 
 
 def as_low_rank(factors: Hadamard) -> tuple[Tensor, Tensor]:

@@ -25,40 +25,40 @@ def add_kronecker_plain(output: Tensor, x: Tensor, c: Tensor, d: Tensor, scale: 
 def add_kronecker(output: Tensor, x: Tensor, c: Tensor, d: Tensor, scale: float) -> Tensor:
     """output + scale * x (C kron D)^T, written into `output`, which must be dense and not needed by what made it.
 
-    c: [l, m]. d: [k, n]. output: [tokens, l k]. x: [tokens, m n]. Products run in x's type; the gradients of C and D
-    come in their own.
+    c: [l, m]. d: [k, n]. output: [tokens, l k]. x: [tokens, m n]. Products run in the output's type; the
+    gradients of C and D come in their own.
     """
-    updated: Tensor = _AddKronecker.apply(output, x, c, d, scale)
+    updated: Tensor = _AddKronecker.apply(output, x.to(output.dtype), c, d, scale)
     return updated
 
 
 def _left(c: Tensor, x: Tensor) -> Tensor:
-    """C X of every token. c: [l, m]. x: [tokens, m n] -> [tokens, l, n]."""
-    tokens, (rows, columns) = len(x), c.shape
-    return torch.bmm(c.expand(tokens, rows, columns), x.view(tokens, columns, -1))
+    """C X of every token. c: [l, m]. x: [tokens, m, n] -> [tokens, l, n]."""
+    return torch.bmm(c.expand(len(x), *c.shape), x)
 
 
 class _AddKronecker(Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, c: Tensor, d: Tensor, scale: float) -> Tensor:
-        x = x.contiguous()
+        (_, num_columns), (k, n) = c.shape, d.shape
+        x = x.reshape(-1, num_columns, n)
         ctx.save_for_backward(x, c, d)
         ctx.scale = scale
         ctx.mark_dirty(output)
-        between = _left(c.to(x.dtype), x).view(-1, d.shape[1])  # [tokens l, n]
-        output.view(-1, d.shape[0]).addmm_(between, d.T.to(x.dtype), alpha=scale)
+        between = _left(c.to(x.dtype), x).view(-1, n)  # [tokens l, n]
+        output.view(-1, k).addmm_(between, d.T.to(x.dtype), alpha=scale)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, c, d = ctx.saved_tensors
-        (num_left, num_columns), (k, n) = c.shape, d.shape
+        num_left, (k, n) = len(c), d.shape
         c_cast, d_cast = c.to(x.dtype), d.to(x.dtype)
         narrow = grad.reshape(-1, k)  # [tokens l, k]
         between = _left(c_cast, x).view(-1, n)
         grad_d = product(narrow.T, between.T).to(d.dtype).mul_(ctx.scale)
         grad_between = product(narrow, d_cast.T).mul_(ctx.scale).view(-1, num_left, n)
-        by_token = torch.bmm(grad_between, x.view(-1, num_columns, n).transpose(1, 2))  # [tokens, l, m]
-        grad_x = _left(c_cast.T, grad_between).view_as(x) if ctx.needs_input_grad[1] else None
+        by_token = torch.bmm(grad_between, x.transpose(1, 2))  # [tokens, l, m]
+        grad_x = _left(c_cast.T, grad_between).flatten(1) if ctx.needs_input_grad[1] else None
         return grad, grad_x, by_token.sum(0, dtype=c.dtype), grad_d, None

@@ -1,8 +1,8 @@
-"""The low-rank update y + scale * (x A^T) B^T, with a backward pass that keeps two tensors and writes in place.
+"""The low-rank update y + scale * (x A^T) B^T, added into the output of the frozen layer where it lies.
 
-Plain autograd would save x twice, the product with A, and a scaled copy of the whole output. Here the update is added
-into the output of the frozen layer where it lies, and only x (which neighbouring layers share) and the narrow
-[tokens, r] product stay.
+For the backward pass x, which neighbouring layers share, and the narrow [tokens, r] product stay: in one type, what
+plain autograd keeps too. What this saves is the update as a wide tensor of its own, on the way there and back, and the
+passes that scale and add it; and the float32 copy of x that stays where float32 factors meet a bfloat16 x.
 """
 
 from typing import Any
@@ -24,10 +24,10 @@ def add_low_rank_plain(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: f
 def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """output + scale * (x A^T) B^T, written into `output`, which must not be needed by the layer that made it.
 
-    output: [tokens, out]. x: [tokens, in]. a: [r, in]. b: [out, r]. Products run in x's type, gradients of A and B
-    come in their own (float32 masters over a bfloat16 base).
+    output: [tokens, out]. x: [tokens, in]. a: [r, in]. b: [out, r]. Products run in the output's type, gradients
+    of A and B come in their own (float32 masters over a bfloat16 base).
     """
-    updated: Tensor = _AddLowRank.apply(output, x, a, b, scale)
+    updated: Tensor = _AddLowRank.apply(output, x.to(output.dtype), a, b, scale)
     return updated
 
 

@@ -27,9 +27,10 @@ def add_scaled_low_rank_plain(output: Tensor, x: Tensor, parts: Scaled) -> Tenso
 def add_scaled_low_rank(output: Tensor, x: Tensor, parts: Scaled) -> Tensor:
     """output + b * (d * (x A^T)) B^T, written into `output`, which must not be needed by what made it.
 
-    output: [tokens, out]. x: [tokens, in]. Products run in x's type; the factors' gradients come in their own.
+    output: [tokens, out]. x: [tokens, in]. Products run in the output's type; the factors' gradients come in
+    their own.
     """
-    updated: Tensor = _AddScaledLowRank.apply(output, x, *parts)
+    updated: Tensor = _AddScaledLowRank.apply(output, x.to(output.dtype), *parts)
     return updated
 
 
