@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
 from luthier.adapters.peft_format import load_adapter, save_adapter
@@ -35,9 +35,16 @@ def network(attention: str = ATTENTION) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def prompted() -> LlamaForCausalLM:
+def windowed() -> MistralForCausalLM:
+    """As `network`, a token sees itself and seven before it."""
+    config = MistralConfig(**network().config.to_dict() | {"model_type": "mistral"}, sliding_window=8)
+    config._attn_implementation = ATTENTION
+    return MistralForCausalLM(config).eval().requires_grad_(False)
+
+
+def prompted(model: PreTrainedModel | None = None) -> PreTrainedModel:
     """With a prompt of some size, so that its effect is none of rounding."""
-    model = network()
+    model = network() if model is None else model
     (adapter,) = inject(model, Prompt(num_virtual_tokens=VIRTUAL), seed=3)
     torch.nn.init.normal_(adapter.prompt_embeddings, std=0.5, generator=torch.Generator().manual_seed(1))
     return model
@@ -63,15 +70,18 @@ def sequences() -> list[TokenSequence]:
 
 @pytest.mark.parametrize("mask", [None, LEFT_PADDED], ids=["whole", "left padded"])
 def test_logits_and_gradients_equal_pefts(mask: Tensor | None) -> None:
-    """To 1e-5, gradients of the largest: float32 sums of other order. PEFT's logits begin with the prompt's."""
+    """To 1e-5, gradients of the largest: float32 sums of other order. PEFT's logits begin with the prompt's, and are
+    those of each row alone: in a batch, PEFT leaves the padding between prompt and text.
+    """
     ours = prompted()
     theirs = of_peft(ours)
     seen = torch.ones_like(IDS) if mask is None else mask
-    expected = theirs(input_ids=IDS, attention_mask=mask).logits[:, VIRTUAL:]
-    found = ours(IDS, attention_mask=mask).logits
-    torch.testing.assert_close(found[seen > 0], expected[seen > 0], rtol=0, atol=1e-5)
+    texts = [row[tokens > 0][None] for row, tokens in zip(IDS, seen, strict=True)]
+    expected = torch.cat([theirs(input_ids=text).logits[0, VIRTUAL:] for text in texts])
+    found = ours(IDS, attention_mask=mask).logits[seen > 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     for logits in (found, expected):
-        logits[seen > 0].square().sum().backward()
+        logits.square().sum().backward()
     (parameter,) = adapter_parameters(ours).values()
     gradient = theirs.prompt_encoder.default.embedding.weight.grad
     torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
@@ -113,7 +123,7 @@ def test_the_stream_is_a_multiple_of_32_long() -> None:
     assert seen[0] >= sum(LENGTHS) + VIRTUAL * len(LENGTHS)
 
 
-def greedy(model: LlamaForCausalLM, ids: Tensor, steps: int) -> Tensor:
+def greedy(model: PreTrainedModel, ids: Tensor, steps: int) -> Tensor:
     """Without a cache, the whole text again for every token."""
     for _ in range(steps):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
@@ -134,6 +144,19 @@ def test_a_left_padded_row_generates_what_it_does_alone() -> None:
     model, short = prompted(), IDS[1:, 5:]
     found = model.generate(IDS, attention_mask=LEFT_PADDED, **GREEDY)
     assert torch.equal(found[1:, 5:], greedy(model, short, 20))
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["no positions", "positions"])
+@torch.no_grad()
+def test_a_left_padded_row_is_what_it_is_alone_where_a_window_ends_within_the_prompt(counted: bool) -> None:
+    """Of twelve tokens and five of padding, those of the prompt within the window are as far from the text as alone."""
+    model = prompted(windowed())
+    positions = (LEFT_PADDED.cumsum(1) - 1).clamp(min=0) if counted else None
+    found = model(IDS, attention_mask=LEFT_PADDED, position_ids=positions).logits
+    torch.testing.assert_close(found[:1], model(IDS[:1]).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1:, 5:], model(IDS[1:, 5:]).logits, rtol=0, atol=1e-5)
+    generated = model.generate(IDS, attention_mask=LEFT_PADDED, **GREEDY)
+    assert torch.equal(generated[1:, 5:], greedy(model, IDS[1:, 5:], 20))
 
 
 @torch.no_grad()

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import DynamicCache
 
-from luthier.adapters.adapted import Base, bare
+from luthier.adapters.adapted import Base
 from luthier.adapters.base import Adapter, PeftForm, Start
-from luthier.adapters.prompt import starting_tokens
+from luthier.adapters.prompt import starting_tokens, whole_body
 from luthier.adapters.starts import gaussian, kaiming_uniform
-from luthier.adapters.targets import decoder
 from luthier.errors import AdapterError
 from luthier.kernels.attention import ATTENTION, KeysAndValues
 from luthier.kernels.linear import linear
@@ -39,8 +38,7 @@ class Prefix(Adapter):
 
     @classmethod
     def places(cls, network: nn.Module, settings: Any) -> dict[str, nn.Module]:
-        name, body = decoder(network)
-        return {name: bare(body)}
+        return whole_body(network)
 
     def create(self) -> None:
         config: Any = self.config
