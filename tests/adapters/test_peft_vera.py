@@ -144,3 +144,13 @@ def test_moving_or_copying_the_network_leaves_one_pair() -> None:
     assert len(set(pairs(model))) == 1
     after = pairs(model)[0].pair
     assert [(t.device.type, t.shape) for t in after] == [("meta", t.shape) for t in before]
+
+
+def test_a_pair_that_was_moved_while_generating_can_be_trained_with() -> None:
+    """Generating runs in inference mode, whose tensors no backward pass may use; "meta" stands for a device."""
+    model = ours(VeRA(r=8)).to("meta")
+    layer = next(iter(adapted_layers(model).values()))
+    with torch.inference_mode():
+        layer(torch.empty(3, layer.in_features, device="meta"))
+    layer(torch.empty(3, layer.in_features, device="meta")).sum().backward()
+    assert layer.adapters["default"].vera_lambda_b.grad is not None

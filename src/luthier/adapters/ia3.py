@@ -51,7 +51,7 @@ class IA3(Adapter):
         return output
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        factors = self.ia3_l.detach()  # [out, 1] or [1, in], float32 or wider
+        factors = self.ia3_l.detach().to(weight.device)  # [out, 1] or [1, in], float32 or wider
         if bias is not None and not self.feedforward:
             bias = (bias * factors.flatten()).to(bias.dtype)
         return (weight * factors).to(weight.dtype), bias

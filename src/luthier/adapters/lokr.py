@@ -73,7 +73,7 @@ class LoKr(Adapter):
         c, d = (factor.to(wide) for factor in self._factors())
         merged = torch.empty_like(weight)
         for row, old, new in zip(c, weight.split(len(d)), merged.split(len(d)), strict=True):
-            new.copy_(old.to(wide) + self.scale * torch.kron(row[None], d))
+            new.copy_(old.to(wide) + (self.scale * torch.kron(row[None], d)).to(weight.device))
         return merged, bias
 
 

@@ -30,9 +30,10 @@ class Projections:
         self.pair = (a, b)
 
     def corner(self, num_in: int, num_out: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] on this device, where the whole pair then stays."""
+        """A [r, in] and B [out, r] on this device, where the whole pair then stays, to be trained with too."""
         if self.pair[0].device != device:
-            self.pair = (self.pair[0].to(device), self.pair[1].to(device))
+            with torch.inference_mode(False):
+                self.pair = (self.pair[0].to(device), self.pair[1].to(device))
         return self.pair[0][:, :num_in], self.pair[1][:num_out]
 
 
@@ -95,7 +96,7 @@ class VeRA(Adapter):
 
     @torch.no_grad()
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b = self._corner(weight.device)
+        a, b = self._corner(self.vera_lambda_d.device)
         return plus_product(weight, a * self.vera_lambda_d[:, None], b * self.vera_lambda_b[:, None], 1.0), bias
 
     def saved(self) -> dict[str, Tensor]:
