@@ -99,3 +99,14 @@ def test_the_regulariser_can_be_left_out_and_is_zero_for_orthogonal_factors() ->
 def test_a_start_rank_over_a_layers_size_is_refused() -> None:
     with pytest.raises(AdapterError, match="k_proj: r: 18 is above the layer's size; at most 16"):
         inject(network(), AdaLoRA(target_r=12), seed=0)
+
+
+def test_choosing_ranks_never_waits_for_the_device() -> None:
+    """On "meta" there are no values, and who asks for one gets an error."""
+    model = network().to("meta")
+    adapters = inject(model, AdaLoRA(target_r=2, init_r=4, prune_every=2), seed=0)
+    for index in range(10):
+        for parameter in adapter_parameters(model).values():
+            parameter.grad = torch.empty_like(parameter)
+        after_step(adapters, Step(index, 10, 0))
+    assert all(adapter.settled for adapter in adapters)

@@ -49,6 +49,7 @@ class AdaLoRA(Adapter):
         self.scale = self.settings.alpha / (init_r + 1e-5)  # as PEFT divides
         self._make(init_r)
         self.importance = nn.ModuleDict()
+        self.settled = False  # whether the last choice was made, as far as this process knows: it can be made again
         self.register_buffer("kept", None)  # [r], which triplets the last choice left; none where the ranks are final
 
     def _make(self, r: int) -> None:
@@ -105,11 +106,12 @@ class AdaLoRA(Adapter):
         if budget is None:
             return
         kept = [adapter.kept for adapter in choosing if adapter.kept is not None]
-        if after_last <= 0 or int(torch.cat(kept).sum()) > budget:
+        if after_last < 0 or not all(adapter.settled for adapter in choosing):
             chosen = highest([adapter.scores() for adapter in choosing], budget)
             for rows, new in zip(kept, chosen, strict=True):
                 rows.copy_(new)
         for adapter, rows in zip(choosing, kept, strict=True):
+            adapter.settled = after_last >= 0
             adapter.lora_E.masked_fill_(~rows[:, None], 0)
 
     def _observe(self) -> None:
