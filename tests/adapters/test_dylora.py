@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.base import Step
-from luthier.adapters.dylora import DyLoRA, set_rank
+from luthier.adapters.dylora import DyLoRA, rank_to_serve, set_rank
 from luthier.adapters.inject import adapted_layers, adapter_parameters, before_step, inject
 from luthier.adapters.merge import merge_adapters
 from luthier.adapters.peft_format import load_adapter, read_adapter, save_adapter
@@ -155,6 +155,11 @@ def test_a_rank_that_is_not_there_is_refused(
     with pytest.raises(AdapterError, match=sentence):
         load_adapter(other, tmp_path, rank=rank)
     assert not adapted_layers(other)
+
+
+def test_a_file_that_remembers_no_number_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r'^rank: the file remembers "4\.5", which is no number; save the adapter'):
+        rank_to_serve(SETTINGS, None, "4.5")
 
 
 def test_the_rank_of_an_adapter_that_is_not_there_is_refused() -> None:

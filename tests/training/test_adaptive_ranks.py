@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from luthier.training.loop import Run, evaluate_loss, fit, train_step
 
 RowsOf = Callable[..., list[TokenSequence]]
 RunOf = Callable[..., Run]
-Learnt = Callable[[recipe.AnyAdapter], tuple[Run, float, Callable[[], float]]]
+Learnt = Callable[..., tuple[Run, float, Callable[[], float]]]
 ADALORA = recipe.AdaLoRA(target_r=2, init_r=4, prune_every=2, dropout=0.1)
 DYLORA = recipe.DyLoRA(r=8, min_r=1, alpha=8, dropout=0.1)
 NUM_LAYERS, NUM_STEPS = 14, 20
@@ -133,9 +134,9 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(
 
 @pytest.fixture
 def learnt(begun: Callable[..., Run], rows_of: RowsOf) -> Learnt:
-    def learnt(settings: recipe.AnyAdapter) -> tuple[Run, float, Callable[[], float]]:
+    def learnt(settings: recipe.AnyAdapter, *, num_steps: int = 60) -> tuple[Run, float, Callable[[], float]]:
         """A run that is over, the loss before it, and what measures the loss now."""
-        run, batches = begun(settings, num_steps=60, learning_rate=1e-2), cut(rows_of(), None)
+        run, batches = begun(settings, num_steps=num_steps, learning_rate=1e-2), cut(rows_of(), None)
 
         def loss() -> float:
             return evaluate_loss(run.state.network, batches, run.objective)
@@ -157,6 +158,18 @@ def test_dylora_learns_at_every_rank(learnt: Learnt) -> None:
     assert max(losses) < before - 0.02
     assert losses[-1] < before - 0.2
     assert len(set(losses)) == 8
+
+
+def test_dylora_is_better_with_rank(learnt: Learnt) -> None:
+    """From the loss before, through ranks 1, 2, 4 and 8, it falls by 0.14, 0.09, 0.14 and 0.08 after 150 steps; 0.03
+    leaves room for another rounding on the way.
+    """
+    run, before, loss = learnt(DYLORA.model_copy(update={"dropout": 0.0}), num_steps=150)
+    losses = [before]
+    for rank in (1, 2, 4, 8):
+        set_rank(run.state.network, rank)
+        losses.append(loss())
+    assert all(higher < lower - 0.03 for lower, higher in pairwise(losses))
 
 
 def test_adalora_learns(learnt: Learnt) -> None:

@@ -89,10 +89,10 @@ def set_rank(network: nn.Module, rank: int, *, name: str = "default") -> None:
 def rank_to_serve(settings: AnyAdapter, asked: int | None, remembered: str | None = None) -> int | None:
     """The rank that was asked for, else the one that a file remembers, else None for the usual one.
 
-    Raises AdapterError if an adapter of these settings does not have the rank.
+    Raises AdapterError if an adapter of these settings does not have the rank, or what is remembered is none.
     """
     if isinstance(settings, Settings):
-        rank = int(remembered) if asked is None and remembered is not None else asked
+        rank = _number(remembered) if asked is None and remembered is not None else asked
         if rank is not None and not settings.min_r <= rank <= settings.r:
             raise AdapterError(
                 f"rank: {rank} is not among those that the adapter was trained for, {settings.min_r} to {settings.r}; "
@@ -104,6 +104,12 @@ def rank_to_serve(settings: AnyAdapter, asked: int | None, remembered: str | Non
             f"rank: an adapter of type {settings.type} serves as it is; leave rank out, or train one of type dylora"
         )
     return None
+
+
+def _number(remembered: str) -> int:
+    if not remembered.isdecimal():
+        raise AdapterError(f'rank: the file remembers "{remembered}", which is no number; save the adapter again')
+    return int(remembered)
 
 
 def serve_at(adapters: Iterable[Adapter], rank: int | None) -> None:
