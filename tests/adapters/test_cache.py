@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 from weakref import ReferenceType, ref
 
@@ -12,9 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.cache import AdapterCache, CacheStats
+from luthier.adapters.inject import inject
+from luthier.adapters.peft_format import read_adapter, save_adapter
 from luthier.errors import AdapterError
+from luthier.recipe.adapters import LoRA
 
 MODEL = "smollm2-135m"
 
@@ -84,6 +89,46 @@ def test_threads_get_the_right_weights_within_the_bounds_and_nothing_grows() -> 
     assert sum(weights() is not None for weights in loaded) == 6
     cache.clear()
     assert all(weights() is None for weights in loaded)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, dict[str, Tensor]]:
+    """64 saved adapters of one small model, by folder, and the weights of each."""
+    config = LlamaConfig(vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    saved = {}
+    for i in range(64):
+        model = LlamaForCausalLM(config).requires_grad_(False)
+        (adapter,) = inject(model, LoRA(r=2, target_modules=("v_proj",)), seed=i)
+        torch.nn.init.normal_(adapter.lora_B, generator=torch.Generator().manual_seed(i))
+        save_adapter(model, tmp_path / str(i), base_model=MODEL)
+        saved[str(tmp_path / str(i))] = {name: tensor.clone() for name, tensor in adapter.saved().items()}
+    return saved
+
+
+def test_threads_get_the_weights_of_saved_adapters(folders: dict[str, dict[str, Tensor]]) -> None:
+    """64 adapters of 2 x 16 floats, 128 bytes, in files; 8 threads of 100 gets, room for 8 by count, 7 by bytes."""
+
+    def size(tensors: dict[str, Tensor]) -> int:
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    cache = AdapterCache(
+        lambda model, folder: read_adapter(Path(folder)).tensors(), size_bytes=size, max_bytes=7 * 128, max_adapters=8
+    )
+
+    def ask(thread: int) -> None:
+        random = Random(thread)
+        for folder in random.choices(list(folders), k=100):
+            found, expected = cache.get(MODEL, folder), folders[folder]
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+            stats = cache.stats
+            assert stats.num_adapters <= 7
+            assert stats.bytes == 128 * stats.num_adapters
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(ask, range(8)))
+    assert cache.stats.hits + cache.stats.misses == 800
+    assert cache.stats.num_adapters == 7
 
 
 class Gate:
