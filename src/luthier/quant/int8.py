@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["INT8"]
+from luthier.quant.parts import weights_at_once
 
-WEIGHTS_AT_ONCE = 2**20
+__all__ = ["INT8"]
 
 
 class INT8(NamedTuple):
@@ -30,7 +30,7 @@ class INT8(NamedTuple):
         absmax = torch.maximum(-lowest, highest).float()
         factors = (127.0 / absmax).nan_to_num_(posinf=0.0)[:, None]
         codes = weight.new_empty(weight.shape, dtype=torch.int8)
-        rows = _rows_at_once(weight.shape)
+        rows = _rows_at_once(weight)
         for part, dense, factor in zip(*(t.split(rows) for t in (codes, weight, factors)), strict=True):
             part.copy_((dense.float() * factor).round_())
         return cls(codes, absmax)
@@ -38,11 +38,11 @@ class INT8(NamedTuple):
     def dense(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The weight that is meant, computed in float32 and rounded to `dtype` once."""
         dense = self.codes.new_empty(shape, dtype=dtype)
-        rows = _rows_at_once(shape)
+        rows = _rows_at_once(self.codes)
         for part, codes, absmax in zip(*(t.split(rows) for t in (dense, self.codes, self.absmax)), strict=True):
             part.copy_(codes.float().mul_(absmax[:, None]).mul_(1 / 127))
         return dense
 
 
-def _rows_at_once(shape: torch.Size) -> int:
-    return max(1, WEIGHTS_AT_ONCE // shape[1])
+def _rows_at_once(matrix: Tensor) -> int:
+    return max(1, weights_at_once(matrix.device) // matrix.shape[1])

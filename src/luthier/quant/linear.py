@@ -81,7 +81,7 @@ class QuantizedLinear(nn.Module):
         """x: [..., in] -> [..., out], a tensor of its own, which may be written into."""
         rows = x.reshape(-1, x.shape[-1])
         result: Tensor = _FrozenProduct.apply(rows, self.bias, self.stored, self.shape, self.dtype)
-        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
+        return result if x.dim() == 2 else result.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shown where the network is printed."""

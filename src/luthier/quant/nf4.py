@@ -15,13 +15,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
+from luthier.quant.parts import weights_at_once
+
 __all__ = ["BLOCK", "LEVELS", "NF4", "compress_scales", "dequantize_blocks", "expand_scales", "quantize_blocks"]
 
 BLOCK = 64  # weights that share a scale
 SCALES_BLOCK = 256  # scales that share a scale of theirs
 GRID = 65535  # steps from -1 to 1 to which a scale is rounded before its code is looked up
 SMALLEST = 1e-38  # stands for a block's largest weight where all are zero
-BLOCKS_AT_ONCE = 2**14
 
 LEVELS = (  # Dettmers et al. 2023, appendix E
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -60,7 +61,7 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     Of two levels equally near, the lower. An odd last half byte holds the code of zero.
     """
     flat = weight.flatten()
-    parts = [_quantize_part(part) for part in flat.split(BLOCKS_AT_ONCE * BLOCK)]
+    parts = [_quantize_part(part) for part in flat.split(weights_at_once(flat.device))]
     codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return codes[: (flat.numel() + 1) // 2].clone(), scales
 
@@ -81,7 +82,8 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: t
     """level[code] * scale. codes: packed. scales: float32 [blocks]. Both levels of a byte are looked up as one."""
     pairs, rows = _constant("pairs", codes), _whole(codes, BLOCK // 2)
     dense = codes.new_empty((rows.shape[0], BLOCK), dtype=dtype)
-    for part, packed, scale in zip(*(t.split(BLOCKS_AT_ONCE) for t in (dense, rows, scales)), strict=True):
+    num_blocks = weights_at_once(codes.device) // BLOCK
+    for part, packed, scale in zip(*(t.split(num_blocks) for t in (dense, rows, scales)), strict=True):
         levels = pairs.index_select(0, packed.flatten().int()).view(torch.float32)
         part.copy_(levels.view(-1, BLOCK).mul_(scale[:, None]))
     return dense.flatten()[: shape.numel()].view(shape)
