@@ -161,6 +161,7 @@ def test_layers_under_adapters_are_exchanged_and_those_within_stay(scheme: str) 
     assert quantize_layers(model, scheme) == 2 * 7
     assert isinstance(adapted.base, QuantizedLinear)
     assert all(isinstance(layer, nn.Linear) for layer in adapted.adapters["bottleneck"])
+    del adapted.adapters["bottleneck"]  # which was none that can be called
     model(IDS).logits.sum().backward()
     assert bool(adapted.adapters["default"].lora_B.grad.any())
 
@@ -233,3 +234,8 @@ def test_what_is_quantized_already_is_refused(scheme: str) -> None:
 def test_a_network_without_linear_layers_is_refused(scheme: str) -> None:
     with pytest.raises(ModelError, match="ModuleList has no linear layer to quantize; set quantize_base: none"):
         quantize_layers(nn.ModuleList([nn.Embedding(4, 4)]), scheme)
+
+
+def test_a_batch_without_tokens_keeps_its_dimensions(scheme: str) -> None:
+    layer = QuantizedLinear.of(nn.Linear(64, 24), scheme)
+    assert layer(torch.empty(2, 0, 64)).shape == (2, 0, 24)
