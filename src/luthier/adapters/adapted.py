@@ -135,7 +135,7 @@ class AdaptedLinear(Adapted):
             plain: Tensor = apply(x)
             return plain
         flat: Tensor = apply(x.reshape(-1, x.shape[-1]))
-        return flat.view(*x.shape[:-1], -1)
+        return flat.view(*x.shape[:-1], flat.shape[-1])
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
         """Each row's adapter applies wholly; what a stream is made up with has none."""
