@@ -314,7 +314,7 @@ def test_wrong_tokens_are_one_sentence(fields: dict[str, object], sentence: str)
 
 def test_a_token_and_a_whole_layer_are_not_trained_at_once(network: Callable[[], LlamaForCausalLM]) -> None:
     settings = NEW.model_copy(update={"modules_to_save": ("lm_head",)})
-    with pytest.raises(AdapterError, match="lm_head (carries the adapter already|shares its weight with)"):
+    with pytest.raises(AdapterError, match=r"lm_head (carries the adapter already|shares its weight with)"):
         inject(network(), settings, seed=0)
 
 
