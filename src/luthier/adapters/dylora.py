@@ -24,7 +24,10 @@ __all__ = ["DyLoRA", "rank_to_serve", "serve_at", "served_rank", "set_rank"]
 
 
 class DyLoRA(Adapter):
-    """h = W x + (alpha / b) B[:, :b] A[:b] x        Valipour et al. 2023, eq. 5
+    """h = W x + (alpha / sqrt(r b)) B[:, :b] A[:b] x        Valipour et al. 2023, eq. 5
+
+    The paper's scale is alpha / b. That of rank stabilisation (Kalajdzievski 2023) is as strong at b = r, and with it a
+    higher rank is the better one: with alpha / b a low one learned so strongly that the highest fell behind.
 
     While training, b is drawn evenly from min_r to r, once a step for all layers, and depends on the seed and the step
     alone. Else it is the rank that was chosen, r by default.
@@ -61,7 +64,7 @@ class DyLoRA(Adapter):
 
     def _first(self, rank: int) -> tuple[Factors, float]:
         """The factors of this rank, and their scale."""
-        return (self.lora_A[:rank], self.lora_B[:, :rank]), self.settings.alpha / rank
+        return (self.lora_A[:rank], self.lora_B[:, :rank]), self.settings.scale_at(rank)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         dropped = torch.nn.functional.dropout(x, self.settings.dropout, self.training)

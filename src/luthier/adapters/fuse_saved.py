@@ -61,7 +61,7 @@ def _updates(saved: SavedAdapter) -> Mapping[str, Update]:
     if isinstance(settings, LoRA):
         return {layer: Update(a, b, settings.scale_of(layer)) for layer, (a, b) in pairs.items()}
     rank = saved.rank or settings.r
-    return {layer: Update(a[:rank], b[:, :rank], settings.alpha / rank) for layer, (a, b) in pairs.items()}
+    return {layer: Update(a[:rank], b[:, :rank], settings.scale_at(rank)) for layer, (a, b) in pairs.items()}
 
 
 def _settings(fused: Mapping[str, Update]) -> LoRA:

@@ -238,7 +238,7 @@ class AdaLoRA(OnLinear):
 
 
 class DyLoRA(OnLinear):
-    """h = W x + (alpha / b) B[:, :b] A[:b] x, b drawn each step        Valipour et al. 2023, eq. 5"""
+    """h = W x + (alpha / sqrt(r b)) B[:, :b] A[:b] x, b drawn each step        Valipour et al. 2023, eq. 5"""
 
     type: Literal["dylora"] = "dylora"
     """One update that serves at every rank from min_r to r."""
@@ -254,6 +254,10 @@ class DyLoRA(OnLinear):
 
     dropout: Dropout = 0.0
     """The share of the adapter's inputs that is dropped while training."""
+
+    def scale_at(self, rank: int) -> float:
+        """alpha / sqrt(r b) at rank b."""
+        return self.alpha / (self.r * rank) ** 0.5
 
     @model_validator(mode="after")
     def _order_ranks(self) -> Self:
