@@ -1,5 +1,6 @@
 """Settings of the adapters whose update has a rank."""
 
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -257,7 +258,7 @@ class DyLoRA(OnLinear):
 
     def scale_at(self, rank: int) -> float:
         """alpha / sqrt(r b) at rank b."""
-        return self.alpha / (self.r * rank) ** 0.5
+        return self.alpha / math.sqrt(self.r * rank)
 
     @model_validator(mode="after")
     def _order_ranks(self) -> Self:
