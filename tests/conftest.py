@@ -22,6 +22,16 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a two-layer model from a configuration and a seed, with a byte tokenizer and a ChatML template."""
+    return _saved(tmp_path_factory.mktemp("models") / "tiny", hidden_size=32, intermediate_size=64)
+
+
+@pytest.fixture(scope="session")
+def wide_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with layers that have room for the usual ranks of adapters."""
+    return _saved(tmp_path_factory.mktemp("models") / "wide", hidden_size=128, intermediate_size=192)
+
+
+def _saved(folder: Path, **sizes: int) -> Path:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -29,9 +39,8 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     end = "<|im_end|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end, chat_template=_CHATML)
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes, **ends)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**shape, **sizes, **ends)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """LoHa says what PEFT's LoHa says, and their files are each other's."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -31,24 +32,16 @@ def network() -> LlamaForCausalLM:
     ],
     ids=["thin", "dense", "one block", "patterns"],
 )
-def test_peft_loads_our_file_and_gives_the_same_logits_and_gradients(settings: LoHa, tmp_path: Path) -> None:
-    """To 1e-5, of the largest for gradients: float32 sums of another order."""
+def test_peft_loads_our_file_and_gives_the_same_logits_and_gradients(
+    settings: LoHa, same_as_pefts: Callable[..., None], tmp_path: Path
+) -> None:
     mine = network()
     inject(mine, settings, seed=0)
     for i, parameter in enumerate(adapter_parameters(mine).values()):
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
     save_adapter(mine, tmp_path, base_model="base")
     theirs = peft.PeftModel.from_pretrained(network(), tmp_path, is_trainable=True).eval()
-    torch.testing.assert_close(mine(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-5)
-    for model in (mine, theirs):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    largest = max(float(grad.abs().max()) for grad in expected.values())
-    for name, parameter in adapter_parameters(mine).items():
-        path, _, word = name.partition(".adapters.default.")
-        peer = expected.pop(f"base_model.model.{path}.{word}.default")
-        torch.testing.assert_close(parameter.grad, peer, rtol=0, atol=1e-5 * largest)
-    assert not expected
+    same_as_pefts(mine, theirs)
 
 
 def test_we_load_pefts_file_and_give_the_same_logits(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """VeRA says what PEFT's VeRA says; their files are each other's, with the shared pair and without; it exists once."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -56,23 +57,15 @@ def pairs(model: LlamaForCausalLM) -> list[Any]:
     [VeRA(r=8), VeRA(r=40, projection_seed=5), VeRA(r=4, save_projection=True), VeRA(r=4, layers_to_transform=(1,))],
     ids=["thin", "another seed", "stored", "one block"],
 )
-def test_peft_loads_our_file_and_gives_the_same_logits_and_gradients(settings: VeRA, tmp_path: Path) -> None:
-    """To 1e-5, of the largest for gradients: float32 sums of another order."""
+def test_peft_loads_our_file_and_gives_the_same_logits_and_gradients(
+    settings: VeRA, same_as_pefts: Callable[..., None], tmp_path: Path
+) -> None:
     mine = ours(settings)
     save_adapter(mine, tmp_path, base_model="base")
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert (set(PAIR) <= stored.keys()) == settings.save_projection
     theirs = peft.PeftModel.from_pretrained(network(), tmp_path, is_trainable=True).eval()
-    torch.testing.assert_close(mine(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-5)
-    for model in (mine, theirs):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    largest = max(float(grad.abs().max()) for grad in expected.values())
-    for name, parameter in adapter_parameters(mine).items():
-        path, _, word = name.partition(".adapters.default.")
-        peer = expected.pop(f"base_model.model.{path}.{word}.default")
-        torch.testing.assert_close(parameter.grad, peer, rtol=0, atol=1e-5 * largest)
-    assert not expected
+    same_as_pefts(mine, theirs)
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
