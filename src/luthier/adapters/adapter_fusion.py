@@ -6,19 +6,18 @@ What each member makes of a token is never formed. Scores and sums are linear in
 members' middles, and the weighted middles come up together, in as many products as for one wide bottleneck.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from luthier.adapters.adapted import Base
 from luthier.adapters.base import Adapter, Start
 from luthier.adapters.bottleneck import Bottleneck, sublayer_input, sublayers, with_output
+from luthier.adapters.peft_files import OWN_FIELD, WEIGHTS, opened, read_config
 from luthier.adapters.starts import gaussian
 from luthier.errors import AdapterError, RecipeError
 from luthier.kernels.activations import ACTIVATIONS
@@ -29,7 +28,7 @@ from luthier.recipe.settings import settings_from
 
 __all__ = ["AdapterFusion"]
 
-_CONFIG, _WEIGHTS, _KIND, _OWN = "adapter_config.json", "adapter_model.safetensors", "LUTHIER_BOTTLENECK", "luthier"
+_KIND = "LUTHIER_BOTTLENECK"
 _START_STD = 0.02  # of Q and K: the scores start near zero, and yet with a gradient
 
 
@@ -151,12 +150,12 @@ def _members(settings: Any) -> tuple[Member, ...]:
 
 
 def _read_settings(folder: Path) -> Member:
+    config = read_config(folder)
+    if config.get("peft_type") != _KIND:
+        raise AdapterError(f"{folder}: holds an adapter of type {config.get('peft_type')}; only bottlenecks are fused")
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        if config["peft_type"] != _KIND:
-            raise AdapterError(f"{folder}: holds an adapter of type {config['peft_type']}; only bottlenecks are fused")
-        settings = settings_from(Member, config[_OWN])
-    except (OSError, ValueError, TypeError, KeyError, RecipeError) as error:
+        settings = settings_from(Member, config[OWN_FIELD])
+    except (ValueError, TypeError, KeyError, RecipeError) as error:
         raise AdapterError(
             f"{folder}: no bottleneck adapter that can be read ({error}); name the folder of one"
         ) from error
@@ -174,13 +173,10 @@ def _copy_stored(folder: Path, place: str, into: Mapping[str, Tensor], *, scale:
     """Fills these with a stored bottleneck's parameters, times scale. By numpy, which a plan's tensors can read."""
     for name, target in into.items():
         key = f"base_model.model.{place}.{Bottleneck.file_names[name]}"
-        try:
-            with safe_open(folder / _WEIGHTS, "np") as file:
-                values = torch.from_numpy(file.get_tensor(key))
-        except (SafetensorError, OSError) as error:
-            raise AdapterError(
-                f"{folder}: {key} cannot be read ({error}); made for another model, or damaged"
-            ) from error
+        with opened(folder / WEIGHTS, "np") as file:
+            if key not in file.keys():  # noqa: SIM118, the file is no dict
+                raise AdapterError(f"{folder}: {key} is not there; made for another model")
+            values = torch.from_numpy(file.get_tensor(key))
         if values.shape != target.shape:
             raise AdapterError(
                 f"{folder}: made for another model: {key} is {tuple(values.shape)}, here {tuple(target.shape)}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from luthier.adapters.fusion import Update, fuse
 from luthier.adapters.peft_config import words_of_config
-from luthier.adapters.peft_format import SavedAdapter, read_adapter, write_adapter
+from luthier.adapters.peft_files import write_adapter
+from luthier.adapters.peft_format import SavedAdapter, read_adapter
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import DyLoRA, LoRA
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from luthier.adapters.base import PeftForm
 from luthier.adapters.inject import ADAPTERS
+from luthier.adapters.peft_files import OWN_FIELD
 from luthier.errors import AdapterError, RecipeError
 from luthier.recipe.adapters import ADAPTER_SETTINGS, AnyAdapter
 from luthier.recipe.settings import settings_from
 
-__all__ = ["OWN_FIELD", "settings_of_config", "words_of_config"]
+__all__ = ["settings_of_config", "words_of_config"]
 
-OWN_FIELD = "luthier"
 _TOKENS = "trainable_token_indices"
 
 _HARMLESS = {  # words of PEFT's that change nothing of what a saved adapter computes

@@ -6,27 +6,24 @@ stay on the disk until a module asks for its own, so that a merge needs no more 
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.dylora import rank_to_serve, serve_at, served_rank
 from luthier.adapters.inject import ADAPTERS, DEFAULT_NAME, adapted_layers, attach, build, share
 from luthier.adapters.new_tokens import token_words
-from luthier.adapters.peft_config import OWN_FIELD, settings_of_config, words_of_config
+from luthier.adapters.peft_config import settings_of_config, words_of_config
+from luthier.adapters.peft_files import CONFIG, OWN_FIELD, WEIGHTS, opened, read_config, write_adapter
 from luthier.adapters.targets import Linear, named_places
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AnyAdapter
 
-__all__ = ["SavedAdapter", "load_adapter", "read_adapter", "save_adapter", "write_adapter"]
+__all__ = ["SavedAdapter", "load_adapter", "read_adapter", "save_adapter"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE_HASH, _BASE_TYPE, _QUANTIZED = "base_sha256", "base_dtype", "quantize_base"  # in the weights' metadata
 _RANK = "served_rank"
 
@@ -61,26 +58,6 @@ def save_adapter(
     if OWN_FIELD not in config:
         metadata[OWN_FIELD] = settings.model_dump_json()
     write_adapter(folder, tensors, config, metadata)
-
-
-def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
-) -> None:
-    """Writes the two files of an adapter. Raises AdapterError where that cannot be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _WEIGHTS).write_bytes(_sorted_header(serialize(dict(tensors), {"format": "pt", **metadata})))
-        (folder / _CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: cannot be written ({error}); make room or choose another place") from error
-
-
-def _sorted_header(data: bytes) -> bytes:
-    """The same safetensors file with the words of its header in order: safetensors itself writes them in any."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def _named(network: nn.Module, name: str) -> list[Adapter]:
@@ -121,7 +98,7 @@ class SavedAdapter:
         """The adapters for this network, on no module yet and without values. Raises AdapterError unless the files
         hold exactly their tensors.
         """
-        with _opened(self.folder / _WEIGHTS) as file:
+        with opened(self.folder / WEIGHTS) as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
         adapters = build(network, self.settings)
         serve_at(adapters, self.rank)
@@ -141,7 +118,7 @@ class SavedAdapter:
 
     def fill(self, adapters: list[Adapter], network: nn.Module) -> None:
         """Copies the saved tensors into adapters that were built for this network."""
-        with _opened(self.folder / _WEIGHTS) as file:
+        with opened(self.folder / WEIGHTS) as file:
             tensors = _Tensors(file)
             share(adapters, network, tensors)
             for adapter in adapters:
@@ -156,13 +133,13 @@ class SavedAdapter:
 
     def metadata(self) -> dict[str, str]:
         """What the file of weights says of the base."""
-        with _opened(self.folder / _WEIGHTS) as file:
+        with opened(self.folder / WEIGHTS) as file:
             said: dict[str, str] = file.metadata() or {}
         return {name: said[name] for name in (_BASE_HASH, _BASE_TYPE, _QUANTIZED) if name in said}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is saved, by key."""
-        with _opened(self.folder / _WEIGHTS) as file:
+        with opened(self.folder / WEIGHTS) as file:
             return {key: file.get_tensor(key) for key in sorted(file.keys())}
 
 
@@ -191,11 +168,11 @@ def read_adapter(folder: Path, *, rank: int | None = None) -> SavedAdapter:
     Raises AdapterError where it holds no adapter, a damaged one, or one that this package cannot represent, and for a
     rank that the adapter does not have.
     """
-    config = _read_config(folder)
-    with _opened(folder / _WEIGHTS) as file:
+    config = read_config(folder)
+    with opened(folder / WEIGHTS) as file:
         said: dict[str, str] = file.metadata() or {}
-    own = _own(folder / _WEIGHTS, said)
-    settings = settings_of_config(folder / _CONFIG, config, own)
+    own = _own(folder / WEIGHTS, said)
+    settings = settings_of_config(folder / CONFIG, config, own)
     return SavedAdapter(
         folder,
         settings,
@@ -229,28 +206,3 @@ def _own(path: Path, said: Mapping[str, str]) -> dict[str, Any] | None:
     if own is not None and not isinstance(own, dict):
         raise AdapterError(f"{path}: its settings are damaged; copy it again")
     return own
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{folder}: no adapter here ({_CONFIG} is missing); give the folder that holds it") from None
-    except ValueError as error:
-        raise AdapterError(f"{folder / _CONFIG}: not JSON ({error}); save the adapter again") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder / _CONFIG}: not a JSON object; save the adapter again")
-    return config
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.exists():
-        raise AdapterError(
-            f"{path.parent}: {path.name} is missing; pickled adapters (.bin) are never loaded, save it as safetensors"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: damaged or cut short ({error}); copy it again") from None
