@@ -13,7 +13,7 @@ from luthier.data.examples import Chat, Message, ToolCall
 from luthier.data.strict_json import describe, parse_json
 from luthier.errors import DataError
 
-__all__ = ["ROLES", "chat", "json_of", "text_of", "turns_of"]
+__all__ = ["ROLES", "chat", "joined", "json_of", "list_of", "text_of", "text_or_turns", "turns_of"]
 
 ROLES = {
     "assistant": "assistant",
@@ -49,7 +49,7 @@ def chat(turns: Sequence[Message], *, system: Any = None, tools: Any = None) -> 
 def turns_of(column: str, value: Any) -> list[Message]:
     """The turns that stand in a column, as a list or as JSON that spells one; DataError says which is wrong and why."""
     messages: list[Message] = []
-    for number, turn in enumerate(_list_of(f'"{column}"', value), start=1):
+    for number, turn in enumerate(list_of(f'"{column}"', value), start=1):
         where = f'turn {number} of "{column}"'
         if not isinstance(turn, dict):
             raise DataError(f"{where} is {describe(turn)}, not an object with a role and a text")
@@ -60,6 +60,18 @@ def turns_of(column: str, value: Any) -> list[Message]:
         else:
             messages.append(message)
     return messages
+
+
+def text_or_turns(column: str, value: Any, *, role: str) -> list[Message]:
+    """The turns that stand in a column as a list or as a single object, or a text as one turn of this role."""
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
+    return turns_of(column, value) if isinstance(value, list) else [Message(role, text_of(f'"{column}"', value))]
+
+
+def joined(first: str, second: str) -> str:
+    """Both texts with an empty line between them, or the first alone where the second is blank."""
+    return f"{first}\n\n{second}" if second.strip() else first
 
 
 def text_of(where: str, value: Any, *, may_be_empty: bool = False) -> str:
@@ -81,6 +93,14 @@ def json_of(where: str, value: Any) -> Any:
             raise DataError(f"{where} {error}") from None
     _check_contents(where, value)
     return value
+
+
+def list_of(where: str, value: Any) -> list[Any]:
+    """A list, or what a JSON string spells if that is one."""
+    items = json_of(where, value)
+    if not isinstance(items, list):
+        raise DataError(f"{where} is {describe(items)}, not a list")
+    return items
 
 
 def _check_order(turns: Sequence[Message]) -> None:
@@ -180,20 +200,13 @@ def _tool_call(where: str, call: Any) -> ToolCall:
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     if value is None or value == "":
         return ()
-    tools = _list_of('"tools"', value)
+    tools = list_of('"tools"', value)
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict):
             raise DataError(f'"tools" holds {describe(tool)}, not a function description')
         text_of('"name" of a tool', function.get("name"))
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-
-
-def _list_of(where: str, value: Any) -> list[Any]:
-    items = json_of(where, value)
-    if not isinstance(items, list):
-        raise DataError(f"{where} is {describe(items)}, not a list")
-    return items
 
 
 def _check_contents(where: str, value: Any) -> None:

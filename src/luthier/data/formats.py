@@ -2,20 +2,40 @@
 
 A format names the columns that it needs and may use; its function sees those alone, under their first names, and makes
 an example of them or raises DataError with the reason. Columns beyond those (ids, sources, scores) are left alone. A
-row of another task, such as a preference pair, is refused by its columns: half of it would train as if it were good.
+format belongs to a task, and a row of another task is refused by its columns: half of a preference pair would train as
+if it were good.
 """
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from luthier.data.conversations import chat, text_of, turns_of
+from luthier.data.conversations import chat, joined, text_of, text_or_turns, turns_of
 from luthier.data.examples import Example, Message, Text
+from luthier.data.preference_formats import (
+    dialogues,
+    feedback,
+    feedback_messages,
+    preference,
+    ranking,
+    sharegpt_feedback,
+    sharegpt_preference,
+)
 from luthier.data.strict_json import describe
 from luthier.errors import DataError
 
-__all__ = ["FORMATS", "Format", "check_names", "map_columns", "recognise", "to_example"]
+__all__ = ["FORMATS", "Format", "Task", "check_names", "map_columns", "recognise", "to_example"]
+
+Task = Literal["imitate", "prefer", "judge"]
+"""What a row teaches: to write its answer, which of its answers is better, or whether its one answer is desirable."""
+
+# The task that asks most of a row comes first, so a row that fits several is for that one.
+_MEANINGS: dict[Task, str] = {
+    "prefer": "a preference pair or ranking; train on it with dpo, ipo, orpo, simpo, cpo or reward",
+    "judge": "an answer with a verdict, good or bad; train on it with kto",
+    "imitate": "an example to imitate; train on it with sft or pretrain",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +43,21 @@ class Format:
     """How rows of one shape become examples.
 
     needs, may: the columns that must and that may be there. "completion|response" means either name; `make` sees the
-    first. A column that is null counts as absent.
+    first. A column that is null counts as absent. task: what its examples are for.
     """
 
     make: Callable[[Mapping[str, Any]], Example]
     needs: tuple[str, ...]
     may: tuple[str, ...] = ()
+    task: Task = "imitate"
 
     def fits(self, values: Mapping[str, Any]) -> bool:
         """Whether every column is there that the format needs."""
         return all(_present(values, names) is not None for names in self.needs)
+
+    def seen(self, values: Mapping[str, Any]) -> list[str]:
+        """The row's own names of the columns that the format needs."""
+        return [name for names in self.needs for name in names.split("|") if values.get(name) is not None]
 
     def names(self) -> list[str]:
         """Every column name that the format knows."""
@@ -54,7 +79,7 @@ def sharegpt(row: Mapping[str, Any]) -> Example:
 
 def alpaca(row: Mapping[str, Any]) -> Example:
     """Alpaca: the user says `instruction`, an empty line and `input`; `history` holds [user, assistant] pairs."""
-    asked = _joined(text_of('"instruction"', row["instruction"]), _optional_text(row, "input"))
+    asked = joined(text_of('"instruction"', row["instruction"]), _optional_text(row, "input"))
     turns = [*_history(row.get("history")), *_exchange(asked, text_of('"output"', row["output"]))]
     return chat(turns, system=row.get("system"))
 
@@ -62,8 +87,8 @@ def alpaca(row: Mapping[str, Any]) -> Example:
 def prompt_completion(row: Mapping[str, Any]) -> Example:
     """A prompt and its completion, each a text or a list of messages."""
     turns = [
-        *_text_or_turns("prompt", row["prompt"], role="user"),
-        *_text_or_turns("completion", row["completion"], role="assistant"),
+        *text_or_turns("prompt", row["prompt"], role="user"),
+        *text_or_turns("completion", row["completion"], role="assistant"),
     ]
     return chat(turns, system=row.get("system"), tools=row.get("tools"))
 
@@ -71,7 +96,7 @@ def prompt_completion(row: Mapping[str, Any]) -> Example:
 def question_answer(row: Mapping[str, Any]) -> Example:
     """A question and its answer, after a `context` if there is one; of several answers the first is learned."""
     context, question = _optional_text(row, "context"), text_of('"question"', row["question"])
-    asked = _joined(context, question) if context else question
+    asked = joined(context, question) if context else question
     return chat(_exchange(asked, text_of('"answer"', _first_answer(row["answer"]))), system=row.get("system"))
 
 
@@ -80,40 +105,85 @@ def text(row: Mapping[str, Any]) -> Example:
     return Text(text_of('"text"', row["text"]))
 
 
+_CHAT = ("system", "tools")
+_SCORED = ("chosen_score|score_chosen", "rejected_score|score_rejected", "margin")
+_VERDICT = "label|kto_tag"
+
 # The first that fits is taken, so a row with turns and a rendered `text` beside them is read by its turns.
 FORMATS: dict[str, Format] = {
-    "messages": Format(messages, needs=("messages",), may=("system", "tools")),
-    "sharegpt": Format(sharegpt, needs=("conversations|conversation",), may=("system", "tools")),
+    "messages": Format(messages, needs=("messages",), may=_CHAT),
+    "sharegpt": Format(sharegpt, needs=("conversations|conversation",), may=_CHAT),
     "alpaca": Format(alpaca, needs=("instruction", "output|response"), may=("input|context", "history", "system")),
-    "prompt_completion": Format(prompt_completion, needs=("prompt", "completion|response"), may=("system", "tools")),
+    "prompt_completion": Format(prompt_completion, needs=("prompt", "completion|response"), may=_CHAT),
     "question_answer": Format(question_answer, needs=("question", "answer|answers"), may=("context", "system")),
     "text": Format(text, needs=("text|content",)),
+    "preference": Format(
+        preference,
+        needs=("prompt|instruction|question", "chosen", "rejected"),
+        may=("input", *_CHAT, *_SCORED),
+        task="prefer",
+    ),
+    "sharegpt_preference": Format(
+        sharegpt_preference,
+        needs=("conversations|conversation", "chosen", "rejected"),
+        may=(*_CHAT, *_SCORED),
+        task="prefer",
+    ),
+    "dialogues": Format(dialogues, needs=("chosen", "rejected"), may=(*_CHAT, *_SCORED), task="prefer"),
+    "ranking": Format(
+        ranking,
+        needs=("prompt|instruction", "responses|answers|completions"),
+        may=("input", *_CHAT, "scores", "ranks"),
+        task="prefer",
+    ),
+    "feedback": Format(
+        feedback,
+        needs=("prompt|instruction", "completion|response|output", _VERDICT),
+        may=("input", *_CHAT),
+        task="judge",
+    ),
+    "feedback_messages": Format(feedback_messages, needs=("messages", _VERDICT), may=_CHAT, task="judge"),
+    "sharegpt_feedback": Format(
+        sharegpt_feedback, needs=("conversations|conversation", _VERDICT), may=_CHAT, task="judge"
+    ),
 }
 
-_OTHER_TASKS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("chosen", "rejected"), "a preference pair"),
-    (("messages", "label"), "an answer with a verdict, good or bad"),
-    (("completion", "label"), "an answer with a verdict, good or bad"),
-    (("kto_tag",), "an answer with a verdict, good or bad"),
-    (("image",), "a picture with text"),
-    (("images",), "pictures with text"),
-)
+_PICTURES = {"image": "a picture with text", "images": "pictures with text"}
 
 
-def recognise(values: Mapping[str, Any]) -> str:
-    """The name of the first format whose columns are there; DataError lists what was seen and what is known."""
-    for names, what in _OTHER_TASKS:
-        if all(values.get(name) is not None for name in names):
-            seen = _quoted(names)
-            raise DataError(f"a row with {seen} is {what}, not an example to imitate; name a format to read it as one")
+def recognise(values: Mapping[str, Any], task: Task | None = "imitate") -> str:
+    """The name of the task's first format whose columns are there; DataError says what the row is instead.
+
+    A row that also prefers or judges is no example to imitate. task: None takes whatever the row is for.
+    """
+    for name, what in _PICTURES.items():
+        if values.get(name) is not None:
+            raise DataError(f'a row with "{name}" is {what}, which no stage reads; name a format to read its text')
+    fitting: dict[Task, str] = {}
     for name, known in FORMATS.items():
         if known.fits(values):
-            return name
-    known_formats = "; ".join(f"{name} ({known})" for name, known in FORMATS.items())
-    raise DataError(
+            fitting.setdefault(known.task, name)
+    found = next((most for most in _MEANINGS if most in fitting), None)
+    if found is None:
+        raise DataError(_unknown(values, task))
+    if task in (None, found):
+        return fitting[found]
+    if task in fitting and task != "imitate":
+        return fitting[task]
+    seen = _quoted(FORMATS[fitting[found]].seen(values))
+    raise DataError(f"a row with {seen} is {_MEANINGS[found]}, or name a format to read it otherwise")
+
+
+def _unknown(values: Mapping[str, Any], task: Task | None) -> str:
+    known_formats = "; ".join(f"{name} ({known})" for name, known in _formats_of(task).items())
+    return (
         f"the columns {_quoted(values)} fit no known format: {known_formats}; "
         'say which column is which, such as columns: {"question": "Frage", "answer": "Antwort"}'
     )
+
+
+def _formats_of(task: Task | None) -> dict[str, Format]:
+    return {name: known for name, known in FORMATS.items() if task in (None, known.task)}
 
 
 def to_example(values: Mapping[str, Any], name: str) -> Example:
@@ -139,12 +209,15 @@ def map_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
     return kept | {canonical: values[actual] for canonical, actual in columns.items()}
 
 
-def check_names(name: str | None, columns: Mapping[str, str]) -> None:
-    """Raises DataError, with the nearest valid name, where a format or a canonical column is not known."""
-    if name is not None and name not in FORMATS:
-        raise DataError(f'format "{name}" is not known; {_choices(name, FORMATS)}')
-    formats = FORMATS.values() if name is None else [FORMATS[name]]
-    valid = dict.fromkeys(column for known in formats for column in known.names())
+def check_names(name: str | None, columns: Mapping[str, str], task: Task | None = "imitate") -> None:
+    """Raises DataError, with the nearest valid name, where a format or a canonical column is not known to the task."""
+    formats = _formats_of(task)
+    if name is not None and name not in formats:
+        if name in FORMATS:
+            raise DataError(f'format "{name}" is of another task: a row of it is {_MEANINGS[FORMATS[name].task]}')
+        raise DataError(f'format "{name}" is not known; {_choices(name, formats)}')
+    used = formats.values() if name is None else [FORMATS[name]]
+    valid = dict.fromkeys(column for known in used for column in known.names())
     for canonical in columns:
         if canonical not in valid:
             raise DataError(f'`columns` maps "{canonical}", which is no column; {_choices(canonical, valid)}')
@@ -162,10 +235,6 @@ def _present(values: Mapping[str, Any], names: str) -> Any:
 def _quoted(names: Iterable[str]) -> str:
     shown = [f'"{name[:40]}"' for name in names]
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
-
-
-def _joined(first: str, second: str) -> str:
-    return f"{first}\n\n{second}" if second.strip() else first
 
 
 def _optional_text(row: Mapping[str, Any], name: str) -> str:
@@ -188,10 +257,6 @@ def _history(value: Any) -> list[Message]:
         where = f'entry {number} of "history"'
         turns += _exchange(text_of(where, pair[0]), text_of(where, pair[1]))
     return turns
-
-
-def _text_or_turns(column: str, value: Any, *, role: str) -> list[Message]:
-    return turns_of(column, value) if isinstance(value, list) else [Message(role, text_of(f'"{column}"', value))]
 
 
 def _first_answer(value: Any) -> Any:

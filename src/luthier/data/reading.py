@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from luthier.data.examples import Example, Origin
-from luthier.data.formats import check_names, map_columns, recognise, to_example
+from luthier.data.formats import Task, check_names, map_columns, recognise, to_example
 from luthier.data.sources import BadRow, Row, find_files, read_rows
 from luthier.data.writing import write_quarantine
 from luthier.errors import DataError
@@ -38,6 +38,7 @@ class Reading:
 def read_examples(
     patterns: str | Sequence[str],
     *,
+    task: Task | None = "imitate",
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     on_error: Literal["stop", "skip"] = "stop",
@@ -45,14 +46,15 @@ def read_examples(
 ) -> Reading:
     """All examples of the files that the patterns name, in file order.
 
+    task: what the rows are for; None takes each file for what its columns say.
     format: a name from FORMATS, or None to recognise it file by file. columns: {canonical: actual} column names.
     on_error: "stop" reads to the end, then raises DataError with the first bad row and the number of all; "skip"
     returns the bad rows beside the examples and writes them to `quarantine` if that is a path. A file that cannot be
     used at all, or whose format is not known, raises DataError either way.
     """
     columns = columns or {}
-    check_names(format, columns)
-    reading = _read(find_files(patterns), format, columns)
+    check_names(format, columns, task)
+    reading = _read(find_files(patterns), task, format, columns)
     if reading.bad and on_error == "stop":
         first = reading.bad[0]
         raise DataError(
@@ -64,13 +66,13 @@ def read_examples(
     return reading
 
 
-def _read(files: Iterable[str], format: str | None, columns: Mapping[str, str]) -> Reading:
+def _read(files: Iterable[str], task: Task | None, format: str | None, columns: Mapping[str, str]) -> Reading:
     examples: list[tuple[Origin, Example]] = []
     bad: list[BadRow] = []
     formats: dict[str, str] = {}
     num_rows = 0
     for file in files:
-        name, rows = (format, read_rows(file)) if format else _recognised(read_rows(file), columns)
+        name, rows = (format, read_rows(file)) if format else _recognised(read_rows(file), task, columns)
         if name:
             formats[file] = name
         for row in rows:
@@ -84,7 +86,9 @@ def _read(files: Iterable[str], format: str | None, columns: Mapping[str, str]) 
     return Reading(examples, bad, num_rows, formats)
 
 
-def _recognised(rows: Iterator[Row | BadRow], columns: Mapping[str, str]) -> tuple[str | None, Iterator[Row | BadRow]]:
+def _recognised(
+    rows: Iterator[Row | BadRow], task: Task | None, columns: Mapping[str, str]
+) -> tuple[str | None, Iterator[Row | BadRow]]:
     """The format of the first row that fits one, None where all rows are bad already, and all the rows again."""
     seen: list[Row | BadRow] = []
     refusals: list[str] = []
@@ -93,7 +97,7 @@ def _recognised(rows: Iterator[Row | BadRow], columns: Mapping[str, str]) -> tup
         if isinstance(row, BadRow):
             continue
         try:
-            return recognise(map_columns(row.values, columns)), chain(seen, rows)
+            return recognise(map_columns(row.values, columns), task), chain(seen, rows)
         except DataError as error:
             refusals.append(f"{row.origin}: {error}")
         if len(refusals) == _ROWS_TO_RECOGNISE_FROM:
