@@ -59,8 +59,8 @@ def test_a_row_is_recognised_and_becomes_the_example_it_means(name: str, row: di
     assert to_example(row, name) == meaning
 
 
-def test_every_format_has_a_row_that_shows_its_meaning() -> None:
-    assert {name for name, _, _ in MEANINGS} == set(FORMATS)
+def test_every_format_to_imitate_has_a_row_that_shows_its_meaning() -> None:
+    assert {name for name, _, _ in MEANINGS} == {name for name, known in FORMATS.items() if known.task == "imitate"}
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,10 @@ def test_two_different_system_texts_are_refused_and_equal_ones_are_one() -> None
             {"Frage": "x", "Antwort": "y"},
             r'"Frage", "Antwort" fit no known format: messages \(messages\); .*columns: {',
         ),
-        ({"prompt": "x", "chosen": "y", "rejected": "z"}, '"chosen", "rejected" is a preference pair'),
-        ({"messages": TALK, "label": False}, '"messages", "label" is an answer with a verdict'),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, '"chosen", "rejected" is a preference pair .* with dpo'),
+        ({"prompt": "x", "responses": ["y", "z"]}, '"prompt", "responses" is a preference pair or ranking'),
+        ({"messages": TALK, "label": False}, '"messages", "label" is an answer with a verdict, .* with kto'),
+        ({"instruction": "x", "output": "y", "kto_tag": True}, '"kto_tag" is an answer with a verdict'),
         ({"image": "a.png", "question": "x", "answer": "y"}, '"image" is a picture with text'),
         ({"question": "x", "answer": None}, "fit no known format"),
         ({}, "fit no known format"),

@@ -1,4 +1,4 @@
-"""Two hundred corrupted variants of real files: each gives a DataError sentence, or every row is used or reported.
+"""Hundreds of corrupted variants of real files: each gives a DataError sentence, or every row is used or reported.
 
 The number of rows is counted here by itself, on the bytes of the damaged file.
 """
@@ -15,7 +15,7 @@ import pytest
 from luthier.data.reading import Reading, read_examples
 from luthier.errors import DataError
 
-FILES = ["alpaca_en", "glaive_toolcall_en", "gsm8k_train"]
+FILES = ["alpaca_en", "dpo_en_sharegpt", "glaive_toolcall_en", "gsm8k_train", "kto_en_sharegpt"]
 NUM_ROWS = 30
 GARBAGE: list[Any] = [
     None, True, 0, -1.5, 10**400, "", " ", "\0", "\ud800", "a\u2028b", [], {}, [[]], [None], [{}], {"": {}},
@@ -119,7 +119,7 @@ CORRUPTIONS: list[Callable[[bytes, random.Random], bytes]] = [
 def read_or_refuse(path: Path, format: str | None) -> Reading | str:
     """What was read, or the sentence of the DataError; any other exception fails the test."""
     try:
-        return read_examples(str(path), format=format, on_error="skip")
+        return read_examples(str(path), task=None, format=format, on_error="skip")
     except DataError as error:
         return str(error)
 
@@ -134,11 +134,11 @@ def sample(request: pytest.FixtureRequest) -> bytes:
 
 
 @pytest.mark.parametrize("corrupt", CORRUPTIONS)
-@pytest.mark.parametrize("format", [None, "alpaca", "sharegpt", "question_answer"])
+@pytest.mark.parametrize("format", [None, "alpaca", "sharegpt", "question_answer", "sharegpt_preference"])
 def test_a_damaged_file_loses_no_row_in_silence(
     tmp_path: Path, sample: bytes, corrupt: Callable[[bytes, random.Random], bytes], format: str | None
 ) -> None:
-    for seed in range(7):  # 10 corruptions x 3 files x 7 seeds = 210 damaged files
+    for seed in range(7):  # 10 corruptions x 5 files x 7 seeds = 350 damaged files
         damaged = corrupt(sample, random.Random(seed))
         (tmp_path / "a.jsonl").write_bytes(damaged)
         num_rows = sum(1 for line in damaged.split(b"\n") if line.removeprefix(b"\xef\xbb\xbf").strip())
@@ -154,12 +154,12 @@ def test_damage_stays_where_it_is(tmp_path: Path, sample: bytes) -> None:
     """A row whose line is untouched gives the example that it gave before, for every damage that keeps the lines."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(sample)
-    whole = {origin.line: example for origin, example in read_examples(str(path)).examples}
+    whole = {origin.line: example for origin, example in read_examples(str(path), task=None).examples}
     for seed in range(20):
         lines, rng = sample.split(b"\n"), random.Random(seed)
         hit = set(rng.sample(range(1, NUM_ROWS), 5))  # the first row stays: the format comes from it
         path.write_bytes(b"\n".join(cut_short(line, rng) + b"{" if i in hit else line for i, line in enumerate(lines)))
-        reading = read_examples(str(path), on_error="skip")
+        reading = read_examples(str(path), task=None, on_error="skip")
         assert {bad.origin.line - 1 for bad in reading.bad} == hit
         assert {origin.line: example for origin, example in reading.examples} == {
             line: example for line, example in whole.items() if line - 1 not in hit

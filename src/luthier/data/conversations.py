@@ -13,7 +13,7 @@ from luthier.data.examples import Chat, Message, ToolCall
 from luthier.data.strict_json import describe, parse_json
 from luthier.errors import DataError
 
-__all__ = ["ROLES", "chat", "joined", "json_of", "list_of", "text_of", "text_or_turns", "turns_of"]
+__all__ = ["ROLES", "chat", "conversation", "joined", "json_of", "list_of", "text_of", "text_or_turns", "turns_of"]
 
 ROLES = {
     "assistant": "assistant",
@@ -30,12 +30,25 @@ ROLES = {
 
 
 def chat(turns: Sequence[Message], *, system: Any = None, tools: Any = None) -> Chat:
-    """The conversation with its system text in front and its tools as OpenAI writes them.
+    """The conversation, which ends with an answer, with its system text in front and its tools as OpenAI writes them.
+
+    Raises DataError where the turns cannot be trained on; all else as for `conversation`.
+    """
+    roles = [turn.role for turn in turns]
+    if "assistant" not in roles:
+        raise DataError("no turn is the assistant's, so there is nothing to learn")
+    if roles[-1] != "assistant":
+        raise DataError(f"the last turn is the {roles[-1]}'s and nothing answers it; drop that turn")
+    return conversation(turns, system=system, tools=tools)
+
+
+def conversation(turns: Sequence[Message], *, system: Any = None, tools: Any = None) -> Chat:
+    """The turns, of which there is one or more, with their system text in front and their tools as OpenAI writes them.
 
     system: a system text that stands in a column of its own, or None. tools: a list of function descriptions, or JSON
-    that spells one; bare descriptions are wrapped. Raises DataError where the turns cannot be trained on.
+    that spells one; bare descriptions are wrapped. Raises DataError for turns in an order that means nothing.
     """
-    _check_order(turns)
+    _check_order([turn.role for turn in turns])
     messages = tuple(turns)
     if system is not None and system != "":
         spoken = Message("system", text_of('"system"', system))
@@ -103,16 +116,11 @@ def list_of(where: str, value: Any) -> list[Any]:
     return items
 
 
-def _check_order(turns: Sequence[Message]) -> None:
-    roles = [turn.role for turn in turns]
+def _check_order(roles: Sequence[str]) -> None:
     if "system" in roles[1:]:
         raise DataError(f"turn {roles.index('system', 1) + 1} is a system message; only the first turn may be one")
-    if "assistant" not in roles:
-        raise DataError("no turn is the assistant's, so there is nothing to learn")
-    if "tool" in roles[: roles.index("assistant")]:
+    if "tool" in roles and "assistant" not in roles[: roles.index("tool")]:
         raise DataError("a tool answers before the assistant has called one")
-    if roles[-1] != "assistant":
-        raise DataError(f"the last turn is the {roles[-1]}'s and nothing answers it; drop that turn")
 
 
 def _message(where: str, turn: dict[str, Any], before: Sequence[Message]) -> Message:

@@ -8,33 +8,39 @@ if it were good.
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from luthier.data.conversations import chat, joined, text_of, text_or_turns, turns_of
-from luthier.data.examples import Example, Message, Text
+from luthier.data.examples import Example, Message, Prompt, Text
 from luthier.data.preference_formats import (
     dialogues,
     feedback,
     feedback_messages,
     preference,
+    prompt,
+    prompt_messages,
     ranking,
     sharegpt_feedback,
     sharegpt_preference,
+    sharegpt_prompt,
 )
 from luthier.data.strict_json import describe
 from luthier.errors import DataError
 
 __all__ = ["FORMATS", "Format", "Task", "check_names", "map_columns", "recognise", "to_example"]
 
-Task = Literal["imitate", "prefer", "judge"]
-"""What a row teaches: to write its answer, which of its answers is better, or whether its one answer is desirable."""
+Task = Literal["imitate", "prefer", "judge", "ask"]
+"""What a row is for: to write its answer, to know the better of its answers, to know whether its one answer is
+desirable, or to be answered.
+"""
 
 # The task that asks most of a row comes first, so a row that fits several is for that one.
 _MEANINGS: dict[Task, str] = {
     "prefer": "a preference pair or ranking; train on it with dpo, ipo, orpo, simpo, cpo or reward",
     "judge": "an answer with a verdict, good or bad; train on it with kto",
     "imitate": "an example to imitate; train on it with sft or pretrain",
+    "ask": "a prompt to be answered; learn from it with iterative_dpo or rlaif",
 }
 
 
@@ -146,6 +152,9 @@ FORMATS: dict[str, Format] = {
     "sharegpt_feedback": Format(
         sharegpt_feedback, needs=("conversations|conversation", _VERDICT), may=_CHAT, task="judge"
     ),
+    "prompt": Format(prompt, needs=("prompt|instruction|question",), may=("input", *_CHAT), task="ask"),
+    "prompt_messages": Format(prompt_messages, needs=("messages",), may=_CHAT, task="ask"),
+    "sharegpt_prompt": Format(sharegpt_prompt, needs=("conversations|conversation",), may=_CHAT, task="ask"),
 }
 
 _PICTURES = {"image": "a picture with text", "images": "pictures with text"}
@@ -154,14 +163,15 @@ _PICTURES = {"image": "a picture with text", "images": "pictures with text"}
 def recognise(values: Mapping[str, Any], task: Task | None = "imitate") -> str:
     """The name of the task's first format whose columns are there; DataError says what the row is instead.
 
-    A row that also prefers or judges is no example to imitate. task: None takes whatever the row is for.
+    A row that also prefers or judges is no example to imitate, and what has only a prompt lacks something for all tasks
+    but to be answered. task: None takes whatever the row is for.
     """
     for name, what in _PICTURES.items():
         if values.get(name) is not None:
             raise DataError(f'a row with "{name}" is {what}, which no stage reads; name a format to read its text')
     fitting: dict[Task, str] = {}
     for name, known in FORMATS.items():
-        if known.fits(values):
+        if known.fits(values) and (known.task != "ask" or task in ("ask", None)):
             fitting.setdefault(known.task, name)
     found = next((most for most in _MEANINGS if most in fitting), None)
     if found is None:
@@ -197,7 +207,8 @@ def to_example(values: Mapping[str, Any], name: str) -> Example:
         elif names in known.needs:
             either = names.replace("|", '" or "')
             raise DataError(f'has no "{either}" (format {name} needs {known}; the columns are {_quoted(values)})')
-    return known.make(row)
+    example = known.make(row)
+    return replace(example, row=dict(values)) if isinstance(example, Prompt) else example
 
 
 def map_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

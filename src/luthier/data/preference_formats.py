@@ -1,4 +1,4 @@
-"""What the columns of preference rows mean: pairs, rankings and single answers with a verdict.
+"""What the columns of preference rows mean: pairs, rankings, single answers with a verdict, and prompts alone.
 
 A prompt stands in a column of its own, or the answers are whole dialogues that begin with it: what they begin with in
 common is the prompt, and only turns of the assistant, with results of tools between them, may follow. A row that
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from luthier.data.conversations import chat, joined, list_of, text_of, text_or_turns, turns_of
-from luthier.data.examples import Example, Feedback, Message, Preference
+from luthier.data.conversations import chat, conversation, joined, list_of, text_of, text_or_turns, turns_of
+from luthier.data.examples import Example, Feedback, Message, Preference, Prompt
 from luthier.data.strict_json import describe
 from luthier.errors import DataError
 
@@ -21,9 +21,12 @@ __all__ = [
     "feedback",
     "feedback_messages",
     "preference",
+    "prompt",
+    "prompt_messages",
     "ranking",
     "sharegpt_feedback",
     "sharegpt_preference",
+    "sharegpt_prompt",
 ]
 
 _Turns = list[Message]
@@ -93,6 +96,29 @@ def sharegpt_feedback(row: _Row) -> Example:
     return _feedback(turns_of("conversations", row["conversations"]), row)
 
 
+def prompt(row: _Row) -> Example:
+    """A prompt, to be answered: a text or messages."""
+    return _waiting(_prompt(row), row)
+
+
+def prompt_messages(row: _Row) -> Example:
+    """OpenAI messages, to be answered; an answer that they end with is left out."""
+    return _waiting(turns_of("messages", row["messages"]), row)
+
+
+def sharegpt_prompt(row: _Row) -> Example:
+    """ShareGPT conversations, to be answered; an answer that they end with is left out."""
+    return _waiting(turns_of("conversations", row["conversations"]), row)
+
+
+def _waiting(turns: _Turns, row: _Row) -> Prompt:
+    while turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    _check_prompt(turns)
+    asked = conversation(turns, system=row.get("system"), tools=row.get("tools"))
+    return Prompt(asked.messages, asked.tools)
+
+
 def _preference(
     prompt: _Turns | None, answers: Mapping[str, _Turns], row: _Row, scores: tuple[float, ...] | None
 ) -> Preference:
@@ -116,7 +142,7 @@ def _feedback(turns: _Turns, row: _Row) -> Feedback:
 
 def _check_prompt(prompt: Sequence[Message]) -> None:
     if not any(turn.role == "user" for turn in prompt):
-        raise DataError("no turn of the user comes before the answer")
+        raise DataError("no turn of the user asks for an answer")
     if prompt[-1].role == "assistant":
         raise DataError("the prompt ends with a turn of the assistant, so it asks for no answer; drop that turn")
 
@@ -219,12 +245,12 @@ def _pair_scores(row: _Row) -> tuple[float, ...] | None:
     if len(names) == 1:
         raise DataError(f'of "chosen_score" and "rejected_score" only "{names[0]}" is there')
     if names:
-        scores = tuple(_number(f'"{name}"', row[name]) for name in names)
-    elif "margin" in row:
-        scores = (_number('"margin"', row["margin"]), 0.0)
+        better, worse = (_number(f'"{name}"', row[name]) for name in names)
     else:
-        return None
-    return None if scores[0] == scores[1] else scores
+        better, worse = _number('"margin"', row.get("margin", 0)), 0.0
+    if better < worse:
+        raise DataError(f'the scores say that "rejected" is better, {better:g} against {worse:g}; swap or drop the row')
+    return None if better == worse else (better, worse)
 
 
 def _ranking_scores(row: _Row, num_answers: int) -> list[float] | None:
