@@ -1,6 +1,6 @@
 """The audit names what would spoil a run, with a count and an example, and stays silent on sound data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,9 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from luthier.data.audit import Severity, audit
-from luthier.data.examples import Chat, Message, Origin
+from luthier.data.examples import Chat, Feedback, Message, Origin, Preference
 from luthier.data.masks import encode_chat, encode_text
-from luthier.data.sequences import TokenSequence
+from luthier.data.pairs import encode_feedback, encode_preference
+from luthier.data.sequences import TokenGroup, TokenSequence
 
 VOCABULARY = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 BACKEND = Tokenizer(models.BPE(VOCABULARY, []))
@@ -118,3 +119,55 @@ def test_no_data_at_all_spoils_the_run() -> None:
     assert audit([], TOKENIZER, train_on="assistant").sentence() == (
         "the data would spoil the run: spoils: there are no sequences"
     )
+
+
+def pairs(answers: Iterable[Sequence[str]]) -> list[TokenGroup]:
+    """One prompt for all of them."""
+    made = [tuple((Message("assistant", text),) for text in texts) for texts in answers]
+    examples = [Preference((Message("user", "why"),), answer) for answer in made]
+    return [encode_preference(one, Origin("pairs.jsonl", i), TOKENIZER) for i, one in enumerate(examples, start=1)]
+
+
+def verdicts(num_desirable: int, num_rows: int) -> list[TokenGroup]:
+    chats = [Chat((Message("user", f"why {i}"), Message("assistant", "so"))) for i in range(num_rows)]
+    made = [Feedback(chat, i < num_desirable) for i, chat in enumerate(chats)]
+    return [encode_feedback(one, Origin("kto.jsonl", i), TOKENIZER) for i, one in enumerate(made, start=1)]
+
+
+def test_sound_pairs_of_one_prompt_have_no_findings() -> None:
+    data = pairs([(f"{i} yes", f"{i} no") if i % 2 else (f"{i} no", f"{i} yes") for i in range(40)])
+    result = audit(data, TOKENIZER, train_on="last", max_length=99, eos_token_ids=[STOP])
+    assert result.findings == ()
+    assert (result.num_sequences, result.num_tokens) == (80, sum(map(len, data)))
+
+
+def test_repeated_pairs_are_noted() -> None:
+    (finding,) = audit(pairs([("a", "b"), ("b", "a"), ("a", "b")]), TOKENIZER, train_on="last").findings
+    assert (finding.severity, finding.what) == (Severity.NOTE, "1 of 3 rows (33%) repeat another")
+
+
+@pytest.mark.parametrize(("num_same", "severity"), [(1, Severity.WARNING), (4, Severity.SPOILS)])
+def test_answers_that_are_the_same_tokens_spoil_the_run_when_they_are_many(num_same: int, severity: Severity) -> None:
+    data = pairs([(f"{i} a", f"{i} {'a' if i < num_same else 'b'}") for i in range(20)])
+    (finding,) = audit(data, TOKENIZER, train_on="last").findings
+    assert (finding.severity, finding.num_sequences, finding.origin) == (severity, num_same, Origin("pairs.jsonl", 1))
+    assert "become the same tokens" in finding.what
+
+
+@pytest.mark.parametrize(("num_longer", "word"), [(16, "longer"), (15, None), (10, None), (5, None), (4, "shorter")])
+def test_a_length_that_gives_the_better_answer_away_is_noted(num_longer: int, word: str | None) -> None:
+    """Beyond three quarters of the 20 rows; 5 rows with answers of one length do not count."""
+    uneven = [(f"{i} yes", f"{i} n") if i < num_longer else (f"{i} n", f"{i} yes") for i in range(20)]
+    findings = audit(pairs([*uneven, *((f"{i} a", f"{i} b") for i in range(5))]), TOKENIZER, train_on="last").findings
+    assert [
+        f"in 16 of 20 rows whose answers differ in length (80%) the best is {word}" in f.what for f in findings
+    ] == ([True] if word else [])
+
+
+@pytest.mark.parametrize(
+    ("num_desirable", "setting"), [(1, "desirable_weight"), (2, None), (18, None), (19, "undesirable_weight")]
+)
+def test_verdicts_that_are_nearly_all_alike_are_a_warning(num_desirable: int, setting: str | None) -> None:
+    findings = audit(verdicts(num_desirable, 20), TOKENIZER, train_on="last").findings
+    assert [finding.severity for finding in findings] == [Severity.WARNING] * (setting is not None)
+    assert all(f"raise {setting}" in finding.what for finding in findings)

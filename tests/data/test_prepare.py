@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from luthier.data.blocks import blocks_of, mixed
 from luthier.data.examples import Origin
 from luthier.data.prepare import prepare
-from luthier.data.sequences import TokenSequence
+from luthier.data.sequences import TokenGroup, TokenSequence, sequences_of
 from luthier.errors import DataError
 from luthier.recipe import SFT, Pretrain
+from luthier.recipe.preference import DPO, KTO, ORPO, Answers, Reward
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -92,6 +93,70 @@ def test_pretraining_reads_plain_text_in_blocks(tokenizer: PreTrainedTokenizerFa
     (tmp_path / "b.txt").write_text("b" * 100)
     settings = Pretrain(data=str(tmp_path / "a.txt"), mix={str(tmp_path / "b.txt"): 0.5}, max_length=32)
     prepared = prepare(settings, tokenizer)
-    letters = [tokenizer.decode(s.token_ids) for s in prepared.train]
+    letters = [tokenizer.decode(s.token_ids) for s in sequences_of(prepared.train)]
     assert sum(text.count("a") for text in letters) == 100
     assert sum(text.count("b") for text in letters) >= 64
+
+
+def pairs(path: Path, lengths: list[int]) -> str:
+    lines = (json.dumps({"prompt": f"{i}", "chosen": "a" * n, "rejected": "b"}) for i, n in enumerate(lengths))
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+def verdicts(path: Path, labels: list[bool]) -> str:
+    lines = (json.dumps({"prompt": f"q{i}", "completion": f"a{i}", "label": one}) for i, one in enumerate(labels))
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("stage", [DPO, ORPO, Reward])
+def test_stages_that_prefer_train_on_groups_of_answers(
+    stage: type[Answers], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    data = pairs(tmp_path / "pairs.jsonl", [1] * 7 + [200])
+    prepared = prepare(stage(data=data, eval_fraction=0.25, max_length=128), tokenizer)
+    counts = prepared.counts
+    items = [*prepared.train, *prepared.evaluation]
+    assert all(isinstance(item, TokenGroup) and len(item.sequences) == 2 for item in items)
+    assert counts.rows == counts.examples == len(items) + counts.dropped_long == 8
+    assert counts.tokens == sum(map(len, prepared.train))
+    with pytest.raises(DataError, match="train on it with kto"):
+        prepare(stage(data=verdicts(tmp_path / "verdicts.jsonl", [True])), tokenizer)
+
+
+def test_kto_trains_on_answers_with_a_verdict_and_another_rows_answer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    prepared = prepare(KTO(data=verdicts(tmp_path / "rows.jsonl", [True, False] * 4), eval_fraction=0.25), tokenizer)
+    groups = [item for item in [*prepared.train, *prepared.evaluation] if isinstance(item, TokenGroup)]
+    assert (len(prepared.train), len(prepared.evaluation), len(groups)) == (6, 2, 8)
+    assert [group.desirable for group in sorted(groups, key=lambda one: one.origin.line)] == [True, False] * 4
+    assert all(group.mismatched is not None for group in groups)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_kto_refuses_data_with_one_verdict_alone(
+    label: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    data = verdicts(tmp_path / "rows.jsonl", [label] * 5)
+    with pytest.raises(DataError, match=f"all 5 answers are {'' if label else 'un'}desirable"):
+        prepare(KTO(data=data), tokenizer)
+
+
+def test_kto_refuses_to_hold_out_a_single_row(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    data = verdicts(tmp_path / "rows.jsonl", [True, False] * 4)
+    with pytest.raises(DataError, match="hold out two rows or more"):
+        prepare(KTO(data=data, eval_fraction=0.1), tokenizer)
+
+
+def test_pairs_that_a_cut_makes_equal_are_dropped_and_counted(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    lines = [{"prompt": "q", "chosen": f"{i}" + "a" * 99, "rejected": f"{i}" + "a" * 99 + "b"} for i in range(2)]
+    lines += [{"prompt": "q", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(20)]
+    lines += [{"prompt": "q", "chosen": "a" * 99, "rejected": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = DPO(data=str(tmp_path / "rows.jsonl"), max_length=100, on_long="truncate")
+    counts = prepare(settings, tokenizer).counts
+    assert (counts.rows, counts.sequences, counts.dropped_long, counts.truncated) == (23, 21, 2, 1)

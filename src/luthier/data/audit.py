@@ -1,6 +1,6 @@
 """The audit before step 1: does this data, so tokenized, teach what the run is meant to teach?
 
-It reads finished token sequences, after any truncation, and reports what it finds with a count and one example each.
+It reads finished items, after any truncation, and reports what it finds with a count and one example each.
 A finding that would spoil the run stops it; the others are shown. The exactness of each mask is not checked here:
 `encode_chat` refuses a conversation whose mask is not exact.
 """
@@ -19,7 +19,7 @@ from luthier.data.dialects import Dialect, dialect_of
 from luthier.data.examples import Origin
 from luthier.data.markers import TextEncoder, text_encoder
 from luthier.data.masks import TrainOn
-from luthier.data.sequences import TokenSequence
+from luthier.data.sequences import Item, TokenGroup, TokenSequence, sequences_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,9 @@ __all__ = ["Audit", "Finding", "Severity", "audit"]
 
 _SPOILING_SHARE = 0.1  # of the sequences; a fault in fewer of them is a warning
 _EXCERPT_TOKENS = 24
+_FEW, _MANY = 0.1, 0.9  # of the verdicts; beyond them one kind of answer drowns the other
+_LONGER = 0.75  # of the rows; in as many the best answer is longer than the worst, or shorter
+_ENOUGH = 20  # rows; a share of fewer says little
 
 
 class Severity(StrEnum):
@@ -40,7 +43,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One kind of fault: `num_sequences` have it, and one of them as an example (its origin, and text from it)."""
+    """One kind of fault: `num_sequences` (or groups) have it, and one as an example (its origin, and text from it)."""
 
     severity: Severity
     what: str
@@ -79,7 +82,7 @@ class Audit:
 
 
 def audit(
-    sequences: Sequence[TokenSequence],
+    items: Sequence[Item],
     tokenizer: PreTrainedTokenizerBase,
     *,
     train_on: TrainOn | None,
@@ -87,15 +90,16 @@ def audit(
     truncated: Collection[Origin] = (),
     eos_token_ids: Collection[int] = (),
 ) -> Audit:
-    """Looks through all sequences for what would spoil the run or surprise its owner.
+    """Looks through all items for what would spoil the run or surprise its owner.
 
     train_on: as the sequences were encoded; None for plain text, of which nothing is asked that only chats have.
     max_length: tokens; sequences over it are reported.  truncated: origins that a length limit cut.
     eos_token_ids: at which the model's own generation settings stop; empty if unknown.
     """
     encoder = text_encoder(tokenizer) if train_on is None else dialect_of(tokenizer).encoder
-    data = _Data(sequences, encoder)
+    data = _Data(items, encoder)
     findings = [*_mask_findings(data, train_on), *_length_findings(data, max_length), *_text_findings(data)]
+    findings += [*_answer_findings(data), *_verdict_findings(data)]
     if train_on is not None:
         dialect = dialect_of(tokenizer)
         findings += _template_findings(data, dialect, eos_token_ids)
@@ -103,30 +107,36 @@ def audit(
     order = list(Severity)
     return Audit(
         tuple(sorted(findings, key=lambda finding: order.index(finding.severity))),
-        num_sequences=len(sequences),
-        num_tokens=sum(map(len, sequences)),
-        num_trained=sum(sequence.num_trained for sequence in sequences),
+        num_sequences=len(data.sequences),
+        num_tokens=sum(map(len, items)),
+        num_trained=sum(item.num_trained for item in items),
     )
 
 
-@dataclass(frozen=True, slots=True)
 class _Data:
-    """The sequences, and how a fault found in some of them becomes a finding."""
+    """The items, and how a fault found in some of them becomes a finding."""
 
-    sequences: Sequence[TokenSequence]
-    encoder: TextEncoder
+    def __init__(self, items: Sequence[Item], encoder: TextEncoder) -> None:
+        self.items = items
+        self.encoder = encoder
+        self.sequences = sequences_of(items)
+        self.groups = [item for item in items if isinstance(item, TokenGroup)]
 
     def find(
-        self, faulty: Sequence[TokenSequence], what: str, severity: Severity | None = None, *, at_end: bool = False
+        self, faulty: Sequence[Item], what: str, severity: Severity | None = None, *, at_end: bool = False
     ) -> Iterator[Finding]:
-        """A finding, if any sequence is faulty; without a severity its share decides whether it spoils the run."""
+        """A finding, if any is faulty, counted among sequences or among groups; without a severity its share decides
+        whether it spoils the run.
+        """
         if not faulty:
             return
-        total = len(self.sequences)
+        total, noun = len(self.sequences), "sequences"
+        if isinstance(faulty[0], TokenGroup):
+            total, noun = len(self.groups), "rows"
         by_share = Severity.SPOILS if len(faulty) > _SPOILING_SHARE * total else Severity.WARNING
-        ids = faulty[0].token_ids.tolist()
+        ids = sequences_of(faulty[:1])[0].token_ids.tolist()
         excerpt = self.encoder.decode(ids[-_EXCERPT_TOKENS:] if at_end else ids[:_EXCERPT_TOKENS])
-        sentence = f"{len(faulty)} of {total} sequences {what}"
+        sentence = f"{len(faulty)} of {total} {noun} {what}"
         yield Finding(severity or by_share, sentence, len(faulty), faulty[0].origin, excerpt)
 
 
@@ -146,17 +156,51 @@ def _length_findings(data: _Data, max_length: int | None) -> Iterator[Finding]:
 
 
 def _text_findings(data: _Data) -> Iterator[Finding]:
-    tokenizer, total = data.encoder.tokenizer, len(data.sequences)
+    tokenizer, total = data.encoder.tokenizer, len(data.items)
     bos = tokenizer.bos_token_id
     doubled = [one for one in data.sequences if bos is not None and one.token_ids[:2].tolist() == [bos, bos]]
     yield from data.find(doubled, f"begin with {tokenizer.bos_token!r} twice", Severity.WARNING)
     spelled = [one for one in data.sequences if data.encoder.imitations(one.token_ids.tolist())]
     yield from data.find(spelled, "spell special tokens in their text, which are kept as plain text", Severity.NOTE)
-    distinct = {(one.token_ids.tobytes(), one.trained.tobytes()) for one in data.sequences}
-    if repeated := total - len(distinct):
-        yield Finding(
-            Severity.NOTE, f"{repeated} of {total} sequences ({repeated / total:.0%}) repeat another", repeated
+    if repeated := total - len(set(map(_content, data.items))):
+        noun = "rows" if data.groups else "sequences"
+        what = f"{repeated} of {total} {noun} ({repeated / total:.0%}) repeat another"
+        yield Finding(Severity.NOTE, what, repeated)
+
+
+def _content(item: Item) -> tuple[object, ...]:
+    """What makes two items one and the same to a run."""
+    verdict = item.desirable if isinstance(item, TokenGroup) else None
+    return verdict, *((one.token_ids.tobytes(), one.trained.tobytes()) for one in sequences_of([item]))
+
+
+def _answer_findings(data: _Data) -> Iterator[Finding]:
+    """Of two and more answers to one prompt: whether they differ, and whether by more than their length."""
+    compared = [group for group in data.groups if len(group.sequences) > 1]
+    distinct = [len({answer.token_ids.tobytes() for answer in one.sequences}) for one in compared]
+    same = [one for one, number in zip(compared, distinct, strict=True) if number < len(one.sequences)]
+    yield from data.find(same, "have answers that become the same tokens, so that none can be preferred")
+    gaps = [one.sequences[0].num_trained - one.sequences[-1].num_trained for one in compared]
+    uneven = len(gaps) - gaps.count(0)
+    for word, number in (("longer", sum(gap > 0 for gap in gaps)), ("shorter", sum(gap < 0 for gap in gaps))):
+        if uneven >= _ENOUGH and number > _LONGER * uneven:
+            what = (
+                f"in {number} of {uneven} rows whose answers differ in length ({number / uneven:.0%}) the best is "
+                f"{word} than the worst, so length alone can be learned; compare lengths of answers before and after"
+            )
+            yield Finding(Severity.NOTE, what, number)
+
+
+def _verdict_findings(data: _Data) -> Iterator[Finding]:
+    judged = [group.desirable for group in data.groups if group.desirable is not None]
+    share = sum(judged) / max(1, len(judged))
+    if judged and not _FEW <= share <= _MANY:
+        setting = "desirable_weight" if share < _FEW else "undesirable_weight"
+        what = (
+            f"{sum(judged)} of {len(judged)} answers ({share:.0%}) are desirable; "
+            f"raise {setting} until both kinds weigh alike"
         )
+        yield Finding(Severity.WARNING, what, sum(judged))
 
 
 def _template_findings(data: _Data, dialect: Dialect, eos_token_ids: Collection[int]) -> Iterator[Finding]:
@@ -167,8 +211,9 @@ def _template_findings(data: _Data, dialect: Dialect, eos_token_ids: Collection[
         ends = " and ".join(repr(dialect.encoder.decode([index])) for index in sorted(eos_token_ids))
         what = f"the template ends a turn with {stops}, but the model's generation settings stop at {ends}"
         yield Finding(Severity.WARNING, what, total)
-    origins = Counter(one.origin for one in data.sequences)
-    split = [one for one in data.sequences if origins[one.origin] > 1]
+    alone = [item for item in data.items if not isinstance(item, TokenGroup)]
+    origins = Counter(one.origin for one in alone)
+    split = [one for one in alone if origins[one.origin] > 1]
     num_split = len({one.origin for one in split})
     what = (
         f"come from {num_split} conversations whose earlier turns the template shows otherwise later: one for each turn"
