@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.data.examples import Chat, Example, Message, Text, ToolCall
+from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, Text, ToolCall
 from luthier.data.reading import read_examples
-from luthier.data.writing import write_messages
+from luthier.data.writing import write_examples
 from luthier.errors import DataError
 
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
@@ -48,24 +48,74 @@ def chats(draw: st.DrawFn) -> Chat:
 def test_conversations_written_as_messages_are_read_back_equal(examples: list[Chat]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "made" / "a.jsonl"
-        assert write_messages(examples, path) == len(examples)
+        assert write_examples(examples, path) == len(examples)
         reading = read_examples(str(path))
     assert [example for _, example in reading.examples] == examples
     assert reading.formats == {str(path): "messages"}
 
 
+texts = st.lists(words, min_size=2, max_size=4, unique_by=str.strip)
+
+
+@st.composite
+def preferences(draw: st.DrawFn) -> Preference:
+    """A pair or a ranking behind a prompt that ends with a question; scores never rise and are not all equal."""
+    prompt = (*draw(st.lists(systems, max_size=1)), draw(users))
+    answers = tuple((Message("assistant", text),) for text in draw(texts))
+    falls = draw(st.lists(st.integers(0, 3), min_size=len(answers) - 1, max_size=len(answers) - 1))
+    scores = tuple(float(-sum(falls[:place])) for place in range(len(answers)))
+    return Preference(prompt, answers, (), scores if any(falls) and draw(st.booleans()) else None)
+
+
+@given(st.lists(preferences().filter(lambda one: len(one.answers) == 2), min_size=1, max_size=3))
+def test_pairs_are_read_back_equal(examples: list[Example]) -> None:
+    assert written_and_read(examples) == examples
+
+
+@given(st.lists(preferences().filter(lambda one: len(one.answers) > 2), min_size=1, max_size=3))
+def test_rankings_are_read_back_equal(examples: list[Example]) -> None:
+    assert written_and_read(examples) == examples
+
+
+@given(st.builds(Feedback, st.builds(lambda *turns: Chat(turns), users, answers), st.booleans()))
+def test_feedback_is_read_back_equal(example: Feedback) -> None:
+    assert written_and_read([example]) == [example]
+
+
+@given(st.builds(lambda *turns: Prompt(turns), systems, users))
+def test_prompts_are_read_back_equal(example: Prompt) -> None:
+    (found,) = written_and_read([example])
+    assert isinstance(found, Prompt)
+    assert (found.messages, found.tools) == (example.messages, example.tools)
+
+
+def written_and_read(examples: list[Example]) -> list[Example]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        write_examples(examples, path)
+        return [example for _, example in read_examples(str(path), task=None).examples]
+
+
+def test_examples_of_several_kinds_and_plain_text_are_refused(tmp_path: Path) -> None:
+    chat = Chat((Message("user", "Why?"), Message("assistant", "So.")))
+    with pytest.raises(DataError, match="several kinds"):
+        write_examples([chat, Feedback(chat, True)], tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="plain text cannot be written as messages"):
+        write_examples([Text("Once.")], tmp_path / "a.jsonl")
+
+
 def test_a_file_that_cannot_be_finished_leaves_what_stood_there(tmp_path: Path) -> None:
     chat: Any = Chat((Message("user", "Why?"), Message("assistant", "So.")))
     path = tmp_path / "a.jsonl"
-    write_messages([chat], path)
+    write_examples([chat], path)
     before = path.read_bytes()
     broken: list[Example] = [chat, Text("Once.")]
-    with pytest.raises(DataError, match="plain text cannot be written as messages"):
-        write_messages(broken, path)
+    with pytest.raises(DataError, match="several kinds"):
+        write_examples(broken, path)
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (before, [path])
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be written \(.*\); choose another place"):
-        write_messages([], tmp_path / "file" / "a.jsonl")
+        write_examples([], tmp_path / "file" / "a.jsonl")

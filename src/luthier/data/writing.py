@@ -1,28 +1,31 @@
 """From examples and bad rows back to files, each with one JSON object a line.
 
-Conversations are written as OpenAI messages, so that reading the file gives the same examples. Files are written beside
+Turns are written as OpenAI messages, so that reading the file gives the same examples. Files are written beside
 their place and renamed, so a half-written one never stands under the name that was asked for.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from luthier.data.examples import Chat, Example, Message, ToolCall
+from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, Text, ToolCall
 from luthier.data.sources import BadRow
 from luthier.errors import DataError
 from luthier.files import replacing
 
-__all__ = ["write_messages", "write_quarantine"]
+__all__ = ["write_examples", "write_quarantine"]
 
 
-def write_messages(examples: Iterable[Example], path: Path) -> int:
-    """Writes OpenAI messages JSONL and returns how many rows; reading it gives equal examples.
+def write_examples(examples: Iterable[Example], path: Path) -> int:
+    """Writes the examples, all of one kind, as JSONL and returns how many; reading the file gives equal examples.
 
-    A turn's own `trained` is written as `weight` 0 or 1. Raises DataError for plain text, which has no turns.
+    A conversation is written as messages, with a turn's own `trained` as `weight` 0 or 1; feedback has a label beside
+    them; a preference is written as a prompt with chosen and rejected, a longer ranking as a prompt with responses, a
+    prompt alone without its row's further columns.
+    Raises DataError for plain text, which has no turns, and for examples of several kinds.
     """
-    return _write_lines(map(_chat_row, examples), path)
+    return _write_lines(_example_rows(examples), path)
 
 
 def write_quarantine(bad: Iterable[BadRow], path: Path) -> int:
@@ -48,11 +51,42 @@ def _write_lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
     return num_rows
 
 
-def _chat_row(example: Example) -> dict[str, Any]:
-    if not isinstance(example, Chat):
+def _example_rows(examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+    first: type[Example] | None = None
+    for example in examples:
+        first = first or type(example)
+        if not isinstance(example, first):
+            raise DataError("the files hold examples of several kinds, which are no one file; convert them one by one")
+        yield _example_row(example)
+
+
+def _example_row(example: Example) -> dict[str, Any]:
+    if isinstance(example, Feedback):
+        return _example_row(example.chat) | {"label": example.desirable}
+    if isinstance(example, Text):
         raise DataError("plain text cannot be written as messages; keep it as .txt or as rows with a text column")
-    row: dict[str, Any] = {"messages": [_turn(message) for message in example.messages]}
+    match example:
+        case Chat():
+            row = {"messages": _turns(example.messages)}
+        case Prompt():
+            row = {"prompt": _turns(example.messages)}
+        case Preference():
+            row = _preference_row(example)
     return row | {"tools": list(example.tools)} if example.tools else row
+
+
+def _preference_row(example: Preference) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt": _turns(example.prompt)}
+    answers = [_turns(answer) for answer in example.answers]
+    if len(answers) > 2:
+        row["responses"] = answers
+        return row if example.scores is None else row | {"scores": list(example.scores)}
+    row |= dict(zip(("chosen", "rejected"), answers, strict=True))
+    return row | dict(zip(("chosen_score", "rejected_score"), example.scores or (), strict=False))
+
+
+def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    return [_turn(message) for message in messages]
 
 
 def _turn(message: Message) -> dict[str, Any]:
