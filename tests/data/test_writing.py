@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, Text, ToolCall
@@ -13,6 +13,7 @@ from luthier.data.reading import read_examples
 from luthier.data.writing import write_examples
 from luthier.errors import DataError
 
+unhurried = settings(deadline=None)  # files are synced to the disk, which takes as long as it takes
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 anything = st.text(characters, max_size=12)
 words = anything.filter(str.strip)
@@ -44,6 +45,7 @@ def chats(draw: st.DrawFn) -> Chat:
     return Chat(tuple(turns), tuple(draw(st.lists(tools, max_size=2))))
 
 
+@unhurried
 @given(st.lists(chats(), min_size=1, max_size=4))
 def test_conversations_written_as_messages_are_read_back_equal(examples: list[Chat]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -67,21 +69,25 @@ def preferences(draw: st.DrawFn) -> Preference:
     return Preference(prompt, answers, (), scores if any(falls) and draw(st.booleans()) else None)
 
 
+@unhurried
 @given(st.lists(preferences().filter(lambda one: len(one.answers) == 2), min_size=1, max_size=3))
 def test_pairs_are_read_back_equal(examples: list[Example]) -> None:
     assert written_and_read(examples) == examples
 
 
+@unhurried
 @given(st.lists(preferences().filter(lambda one: len(one.answers) > 2), min_size=1, max_size=3))
 def test_rankings_are_read_back_equal(examples: list[Example]) -> None:
     assert written_and_read(examples) == examples
 
 
+@unhurried
 @given(st.builds(Feedback, st.builds(lambda *turns: Chat(turns), users, answers), st.booleans()))
 def test_feedback_is_read_back_equal(example: Feedback) -> None:
     assert written_and_read([example]) == [example]
 
 
+@unhurried
 @given(st.builds(lambda *turns: Prompt(turns), systems, users))
 def test_prompts_are_read_back_equal(example: Prompt) -> None:
     (found,) = written_and_read([example])
