@@ -1,0 +1,1 @@
+"""Evaluation: judges of answers, and what their verdicts are worth."""
