@@ -4,6 +4,7 @@ Plain autograd keeps act(gate) as a third tensor of the widest size in the model
 which costs one pass over memory and no matrix product.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.activations import ACTIVATIONS
+from luthier.kernels.recompute import can_be_formed_again
 
 __all__ = ["GATES", "gated"]
 
@@ -24,12 +26,19 @@ def gated(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     return product
 
 
+def _gated(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
+    return GATES[activation][0](gate).mul_(up)
+
+
 class _Gated(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return GATES[activation][0](gate).mul_(up)
+        form = partial(_gated, activation=activation)
+        if not any(ctx.needs_input_grad):
+            return form(gate, up)
+        return can_be_formed_again(form(gate, up), form, gate, up)
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.linear import product
+from luthier.kernels.recompute import to_keep
 
 __all__ = ["Hadamard", "add_hadamard", "add_hadamard_plain", "as_low_rank"]
 
@@ -56,7 +57,8 @@ class _AddLowRank(Function):
     def forward(
         ctx: Any, output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, a1, b1, a2, b2)
+        kept, ctx.formed_again = to_keep(x)
+        ctx.save_for_backward(a1, b1, a2, b2, *kept)
         ctx.scale = scale
         ctx.mark_dirty(output)
         b, a = (t.to(x.dtype) for t in as_low_rank((a1, b1, a2, b2)))
@@ -65,7 +67,8 @@ class _AddLowRank(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a1, b1, a2, b2 = ctx.saved_tensors
+        a1, b1, a2, b2, *kept = ctx.saved_tensors
+        x = ctx.formed_again(*kept)
         r = a1.shape[1]
         b, a = (t.to(x.dtype) for t in as_low_rank((a1, b1, a2, b2)))
         grad_narrow = product(grad, a.T).mul_(ctx.scale)  # [tokens, r^2]
@@ -85,7 +88,8 @@ class _AddDense(Function):
     def forward(
         ctx: Any, output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, a1, b1, a2, b2)
+        kept, ctx.formed_again = to_keep(x)
+        ctx.save_for_backward(a1, b1, a2, b2, *kept)
         ctx.scale = scale
         ctx.mark_dirty(output)
         dense = product(a1, b1.T).mul_(product(a2, b2.T))
@@ -94,7 +98,8 @@ class _AddDense(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a1, b1, a2, b2 = ctx.saved_tensors
+        a1, b1, a2, b2, *kept = ctx.saved_tensors
+        x = ctx.formed_again(*kept)
         first, second = product(a1, b1.T), product(a2, b2.T)
         grad_x = None
         if ctx.needs_input_grad[1]:

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.linear import product
+from luthier.kernels.recompute import to_keep
 
 __all__ = ["add_kronecker", "add_kronecker_plain"]
 
@@ -42,7 +43,8 @@ class _AddKronecker(Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, c: Tensor, d: Tensor, scale: float) -> Tensor:
         (_, num_columns), (k, n) = c.shape, d.shape
         x = x.reshape(-1, num_columns, n)
-        ctx.save_for_backward(x, c, d)
+        kept, ctx.formed_again = to_keep(x)
+        ctx.save_for_backward(c, d, *kept)
         ctx.scale = scale
         ctx.mark_dirty(output)
         between = _left(c.to(x.dtype), x).view(-1, n)  # [tokens l, n]
@@ -52,7 +54,8 @@ class _AddKronecker(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, c, d = ctx.saved_tensors
+        c, d, *kept = ctx.saved_tensors
+        x = ctx.formed_again(*kept)
         num_left, (k, n) = len(c), d.shape
         c_cast, d_cast = c.to(x.dtype), d.to(x.dtype)
         narrow = grad.reshape(-1, k)  # [tokens l, k]

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from luthier.kernels.recompute import to_keep
+
 __all__ = ["linear", "product"]
 
 SMALLEST_ROWS = 8  # below, a product is bound by reading the weight, and compiling one for the size is the larger cost
@@ -56,15 +58,18 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        kept: tuple[Tensor, ...] = ()
+        if ctx.needs_input_grad[1]:
+            kept, ctx.formed_again = to_keep(x)
+        ctx.save_for_backward(weight, *kept)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        weight, *kept = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = product(grad, weight.T) if needs_x else None
-        grad_weight = grad.T @ x if needs_weight else None  # no faster by oneDNN
+        grad_weight = grad.T @ ctx.formed_again(*kept) if needs_weight else None  # no faster by oneDNN
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None

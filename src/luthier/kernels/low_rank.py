@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.linear import product
+from luthier.kernels.recompute import to_keep
 
 __all__ = ["add_low_rank", "add_low_rank_plain"]
 
@@ -36,7 +37,8 @@ class _AddLowRank(Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         narrow = product(x, a_cast)
-        ctx.save_for_backward(x, a_cast, b_cast, narrow)
+        kept, ctx.formed_again = to_keep(x)
+        ctx.save_for_backward(a_cast, b_cast, narrow, *kept)
         ctx.scale, ctx.types = scale, (a.dtype, b.dtype)
         ctx.mark_dirty(output)
         return output.addmm_(narrow, b_cast.T, alpha=scale)
@@ -44,7 +46,8 @@ class _AddLowRank(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, narrow = ctx.saved_tensors
+        a, b, narrow, *kept = ctx.saved_tensors
+        x = ctx.formed_again(*kept)
         grad_narrow = product(grad, b.T).mul_(ctx.scale)
         grad_b = product(narrow.T, grad.T).T.to(ctx.types[1]).mul_(ctx.scale)
         grad_a = product(grad_narrow.T, x.T).to(ctx.types[0])

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from luthier.kernels.recompute import can_be_formed_again
+
 __all__ = ["rms_norm"]
 
 
@@ -25,13 +27,20 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _normed(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    return (_wide(x) * inverse).mul_(_wide(weight)).to(x.dtype)
+
+
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = _wide(x)
         inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(_wide(weight)).to(x.dtype)
+        normed = _normed(x, weight, inverse)
+        if not ctx.needs_input_grad[0]:  # then x is not kept
+            return normed
+        return can_be_formed_again(normed, _normed, x, weight, inverse)
 
     @staticmethod
     @once_differentiable
