@@ -77,9 +77,9 @@ def test_bins_are_within_eleven_ninths_of_the_fewest(lengths: list[int]) -> None
 def test_collating_puts_each_token_where_its_sequence_says(masks: list[list[bool]]) -> None:
     sequences = [sequence(mask, line=i) for i, mask in enumerate(masks)]
     batch = collate(sequences)
-    starts = [0, *accumulate(batch.lengths)]
-    assert batch.lengths == tuple(len(s) for s in sequences)
-    assert batch.num_tokens == sum(batch.lengths)
+    starts = [0, *accumulate(batch.segments.lengths)]
+    assert batch.segments.lengths == tuple(len(s) for s in sequences)
+    assert batch.num_tokens == sum(batch.segments.lengths)
     for start, one in zip(starts, sequences, strict=False):
         assert batch.token_ids[start : start + len(one)].tolist() == one.token_ids.tolist()
         assert batch.positions[start : start + len(one)].tolist() == list(range(len(one)))
@@ -104,7 +104,7 @@ def test_a_stream_has_the_types_that_models_index_with() -> None:
 
 
 def contents(batches: list[TokenBatch]) -> Counter[tuple[int, ...]]:
-    return Counter(tuple(ids.tolist()) for b in batches for ids in b.token_ids.split(list(b.lengths)))
+    return Counter(tuple(ids.tolist()) for b in batches for ids in b.token_ids.split(list(b.segments.lengths)))
 
 
 @given(masks=MASKS, tokens=st.none() | st.integers(1, 30), packing=st.booleans())
@@ -116,7 +116,7 @@ def test_however_a_step_is_cut_it_holds_the_same_sequences(
     assert contents(batches) == contents([collate(sequences)])
     assert sum(b.count("tokens") for b in batches) == sum(s.num_trained for s in sequences)
     if tokens is not None or not packing:
-        assert all(b.num_tokens <= (tokens or 0) or len(b.lengths) == 1 for b in batches)
+        assert all(b.num_tokens <= (tokens or 0) or len(b.segments.lengths) == 1 for b in batches)
 
 
 @given(count=st.integers(1, 30), batch_size=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))

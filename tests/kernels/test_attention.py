@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from luthier.kernels.attention import BLOCK_QUERIES, put_prefix, ragged_attention
-from luthier.kernels.streams import put_before_each, take_out
+from luthier.kernels.streams import Segments, put_before_each, take_out
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 SCALE = SIZE**-0.5
 LENGTHS = (1, 9, 3, 17)
+ALONE = Segments.alone(LENGTHS)
+SHARED = Segments((6, 7, 1, 4, 9, 3), (None, 0, 0, None, 3, 3))  # two prompts with two answers each, 30 tokens too
 PATHS = [(torch.float64, None), (torch.float32, None), (torch.bfloat16, None), (torch.float32, 4), (torch.bfloat16, 4)]
 
 # of the largest entry. float32: sums of 30 products; bfloat16: scores, weights and sums rounded to 8 bits, 2^-8 each
@@ -23,22 +25,29 @@ def leaves(dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> list[Tenso
     return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None) -> Tensor:
     """With one mask over the whole stream: same sequence, not later, and within the window."""
     key, value = (t.repeat_interleave(HEADS // KEY_HEADS, dim=1) for t in (key, value))
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    distance = torch.arange(sum(lengths))[:, None] - torch.arange(sum(lengths))
-    seen = (sequence[:, None] == sequence) & (distance >= 0) & (distance < (window or sum(lengths)))
+    tokens = [(i, place) for i, cut in enumerate(segments.slices) for place in range(cut.start, cut.stop)]
+    seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for i, place in tokens:
+        own, parent = segments.slices[i], segments.parents[i]
+        before = [] if parent is None else list(range(segments.slices[parent].start, segments.slices[parent].stop))
+        visible = [*before, *range(own.start, place + 1)]
+        seen[place, visible[-(window or len(tokens)) :]] = True
     scores = (query @ key.transpose(-1, -2) * SCALE).masked_fill(~seen, -torch.inf)
     return torch.softmax(scores, dim=-1) @ value
 
 
+@pytest.mark.parametrize("segments", [ALONE, SHARED], ids=["alone", "shared"])
 @pytest.mark.parametrize(("dtype", "window"), PATHS, ids=str)
-def test_every_path_equals_one_masked_softmax_in_float64(dtype: torch.dtype, window: int | None) -> None:
+def test_every_path_equals_one_masked_softmax_in_float64(
+    dtype: torch.dtype, window: int | None, segments: Segments
+) -> None:
     ours = leaves(dtype)
     exact = [t.detach().double().requires_grad_() for t in ours]
-    attended = ragged_attention(*ours, LENGTHS, scale=SCALE, window=window)
-    expected = plain_attention(*exact, LENGTHS, window)
+    attended = ragged_attention(*ours, segments, scale=SCALE, window=window)
+    expected = plain_attention(*exact, segments, window)
     assert attended.dtype == dtype
     attended.double().square().sum().backward()
     expected.square().sum().backward()
@@ -47,12 +56,13 @@ def test_every_path_equals_one_masked_softmax_in_float64(dtype: torch.dtype, win
         torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
 
 
-def test_bfloat16_sequences_of_several_blocks_agree_as_well() -> None:
-    lengths = (2 * BLOCK_QUERIES + 40, BLOCK_QUERIES)
-    ours = leaves(torch.bfloat16, lengths)
+@pytest.mark.parametrize("parents", [(None, None, None), (None, 0, 0)], ids=["alone", "shared"])
+def test_bfloat16_sequences_of_several_blocks_agree_as_well(parents: tuple[int | None, ...]) -> None:
+    segments = Segments((2 * BLOCK_QUERIES + 40, BLOCK_QUERIES, BLOCK_QUERIES + 3), parents)
+    ours = leaves(torch.bfloat16, segments.lengths)
     exact = [t.detach().double().requires_grad_() for t in ours]
-    attended = ragged_attention(*ours, lengths, scale=SCALE)
-    expected = plain_attention(*exact, lengths, None)
+    attended = ragged_attention(*ours, segments, scale=SCALE)
+    expected = plain_attention(*exact, segments, None)
     attended.double().square().sum().backward()
     expected.square().sum().backward()
     for one, other in zip((attended, *(t.grad for t in ours)), (expected, *(t.grad for t in exact)), strict=True):
@@ -63,8 +73,8 @@ def test_large_scores_lose_nothing_in_bfloat16() -> None:
     """Scores near 200, as keys with a bias have them; rounded to 8 bits they would be off by half a nat."""
     query, key, value = (t.detach() for t in leaves(torch.bfloat16))
     query = query * 64
-    expected = plain_attention(query.double(), key.double(), value.double(), LENGTHS, None)
-    attended = ragged_attention(query, key, value, LENGTHS, scale=SCALE)
+    expected = plain_attention(query.double(), key.double(), value.double(), ALONE, None)
+    attended = ragged_attention(query, key, value, ALONE, scale=SCALE)
     torch.testing.assert_close(attended.double(), expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
 
 
@@ -72,11 +82,11 @@ def test_large_scores_lose_nothing_in_bfloat16() -> None:
 def test_a_changed_neighbour_changes_no_bit_of_the_others(dtype: torch.dtype) -> None:
     """Each sequence is a computation of its own, so equality is exact."""
     with torch.no_grad():
-        before = ragged_attention(*leaves(dtype), LENGTHS, scale=SCALE)
+        before = ragged_attention(*leaves(dtype), ALONE, scale=SCALE)
         changed = leaves(dtype)
         for t in changed:
             t[:, :, 1:10] += 3
-        after = ragged_attention(*changed, LENGTHS, scale=SCALE)
+        after = ragged_attention(*changed, ALONE, scale=SCALE)
     assert torch.equal(before[:, :, :1], after[:, :, :1])
     assert torch.equal(before[:, :, 10:], after[:, :, 10:])
     assert not torch.equal(before[:, :, 1:10], after[:, :, 1:10])
@@ -85,34 +95,37 @@ def test_a_changed_neighbour_changes_no_bit_of_the_others(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [17, 18, 1000])
 def test_a_window_no_shorter_than_the_sequence_is_no_window(window: int, dtype: torch.dtype) -> None:
-    within = ragged_attention(*leaves(dtype), LENGTHS, scale=SCALE, window=window)
-    assert torch.equal(within, ragged_attention(*leaves(dtype), LENGTHS, scale=SCALE))
+    within = ragged_attention(*leaves(dtype), ALONE, scale=SCALE, window=window)
+    assert torch.equal(within, ragged_attention(*leaves(dtype), ALONE, scale=SCALE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_may_have_another_head_size_than_keys(dtype: torch.dtype) -> None:
     """As in multi-head latent attention: each value with a copy beside it gives each output with a copy beside it."""
     query, key, value = leaves(dtype)
-    wide = ragged_attention(query, key, torch.cat([value, value], dim=-1), LENGTHS, scale=SCALE)
-    narrow = ragged_attention(query, key, value, LENGTHS, scale=SCALE)
+    wide = ragged_attention(query, key, torch.cat([value, value], dim=-1), ALONE, scale=SCALE)
+    narrow = ragged_attention(query, key, value, ALONE, scale=SCALE)
     torch.testing.assert_close(wide, torch.cat([narrow, narrow], dim=-1), rtol=0, atol=1e-6)
     wide.sum().backward()
     assert [t.grad.shape for t in (query, key, value)] == [t.shape for t in (query, key, value)]
 
 
+@pytest.mark.parametrize("segments", [ALONE, SHARED], ids=["alone", "shared"])
 @pytest.mark.parametrize(("dtype", "window"), PATHS, ids=str)
-def test_every_sequence_sees_the_prefix_as_if_it_began_with_it(dtype: torch.dtype, window: int | None) -> None:
+def test_every_sequence_sees_the_prefix_as_if_it_began_with_it(
+    dtype: torch.dtype, window: int | None, segments: Segments
+) -> None:
     """The definition: the rows of a longer stream in which the prefix's keys and values stand before each sequence."""
     num_rows, ours = 3, leaves(dtype)
     generator = torch.Generator().manual_seed(1)
     shape = (KEY_HEADS, num_rows, SIZE)
     prefix = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(2)]
     exact = [t.detach().double().requires_grad_() for t in (*ours, *prefix)]
-    attended = ragged_attention(*ours, LENGTHS, scale=SCALE, window=window, prefix=(prefix[0], prefix[1]))
-    longer = tuple(num_rows + n for n in LENGTHS)
+    attended = ragged_attention(*ours, segments, scale=SCALE, window=window, prefix=(prefix[0], prefix[1]))
+    longer = segments.longer_by(num_rows)
     rows = (exact[0].new_ones(HEADS, num_rows, SIZE), *exact[3:])
-    stream = [put_before_each(r[None], t, LENGTHS, dim=2) for r, t in zip(rows, exact[:3], strict=True)]
-    expected = take_out(plain_attention(*stream, longer, window), num_rows, LENGTHS, dim=2)
+    stream = [put_before_each(r[None], t, segments, dim=2) for r, t in zip(rows, exact[:3], strict=True)]
+    expected = take_out(plain_attention(*stream, longer, window), num_rows, segments, dim=2)
     attended.double().square().sum().backward()
     expected.square().sum().backward()
     gradients = zip((t.grad for t in (*ours, *prefix)), (t.grad for t in exact), strict=True)

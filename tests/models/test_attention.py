@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from luthier.kernels.streams import Segments
 from luthier.models.attention import ATTENTION, RAGGED, register_attention, supports_ragged
 
 Factory = Callable[..., PreTrainedModel]
@@ -41,7 +42,7 @@ def test_windowed_rows_and_streams_of_them_equal_transformers_own(tiny: Factory,
     model = tiny(name)
     ids = torch.randint(97, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    stream = model(ids, position_ids=positions, segment_lengths=LENGTHS, use_cache=False).logits
+    stream = model(ids, position_ids=positions, segments=Segments.alone(LENGTHS), use_cache=False).logits
     alone = [model(row, use_cache=False).logits for row in ids.split(LENGTHS, dim=1)]
     model.set_attn_implementation("eager")
     expected = [model(row, use_cache=False).logits for row in ids.split(LENGTHS, dim=1)]

@@ -6,7 +6,7 @@ the cache holds it, and later tokens stand behind it. In a left-padded batch it 
 a row is what it is alone. With PEFT the padding lies between the two, and counts in positions and windows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from luthier.adapters.adapted import Base, bare
 from luthier.adapters.base import Adapter, PeftForm, Start
 from luthier.adapters.targets import decoder
 from luthier.errors import AdapterError
-from luthier.kernels.streams import STREAM_MULTIPLE, put_before_each, take_out
+from luthier.kernels.streams import STREAM_MULTIPLE, Segments, put_before_each, take_out
 
 __all__ = ["Prompt", "starting_tokens", "whole_body"]
 
@@ -59,7 +59,7 @@ class Prompt(Adapter):
         *,
         base: Base,
         inputs_embeds: Tensor | None = None,
-        segment_lengths: Sequence[int] | None = None,
+        segments: Segments | None = None,
         **options: Any,
     ) -> Any:
         """As the body: of one stream of sequences, [1, tokens], or of a padded batch, [sequences, tokens]. options:
@@ -79,9 +79,9 @@ class Prompt(Adapter):
         if past:
             return base(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
         embeds = self.place.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        if segment_lengths is None:
+        if segments is None:
             return self._in_batch(embeds, first, base, options)
-        return self._in_stream(embeds, segment_lengths, base, options)
+        return self._in_stream(embeds, segments, base, options)
 
     def _checked(self, cache: Cache) -> Cache:
         if cache.is_compileable:
@@ -108,17 +108,17 @@ class Prompt(Adapter):
         output = base(inputs_embeds=_put_between(prompt, embeds, first), **options)
         return _of_text(output, lambda states: states[:, self.length :])
 
-    def _in_stream(self, embeds: Tensor, lengths: Sequence[int], base: Base, options: dict[str, Any]) -> Any:
-        longer = [self.length + n for n in lengths]
-        made_up = -sum(longer) % STREAM_MULTIPLE
-        options["segment_lengths"] = (*longer[:-1], longer[-1] + made_up)
+    def _in_stream(self, embeds: Tensor, segments: Segments, base: Base, options: dict[str, Any]) -> Any:
+        longer = segments.longer_by(self.length)
+        made_up = -sum(longer.lengths) % STREAM_MULTIPLE
+        options["segments"] = longer.and_one_more(made_up) if made_up else longer
         if (positions := options.get("position_ids")) is not None:
             own = positions.amin(1, keepdim=True) - self.length + torch.arange(self.length, device=positions.device)
-            options["position_ids"] = put_before_each(own, positions, lengths, dim=1, num_behind=made_up)
+            options["position_ids"] = put_before_each(own, positions, segments, dim=1, num_behind=made_up)
         prompt = self.prompt_embeddings.to(embeds.dtype)[None]
-        longer_embeds = put_before_each(prompt, embeds, lengths, dim=1, num_behind=made_up)
+        longer_embeds = put_before_each(prompt, embeds, segments, dim=1, num_behind=made_up)
         output = base(inputs_embeds=longer_embeds, **options)
-        return _of_text(output, lambda states: take_out(states, self.length, lengths, dim=1))
+        return _of_text(output, lambda states: take_out(states, self.length, segments, dim=1))
 
 
 def whole_body(network: nn.Module) -> dict[str, nn.Module]:

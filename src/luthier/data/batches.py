@@ -1,46 +1,62 @@
-"""TokenBatch: sequences end to end in one flat stream, and how a step's sequences are cut into such batches.
+"""TokenBatch: sequences end to end in one flat stream, and how a step's items are cut into such batches.
 
-There is no padding anywhere. A batch says where each sequence begins, which positions predict a trained token and
-which token that is; everything else about the examples is gone by now. The order of the data is a function of the
-seed and the epoch, so the content of any step is known without the steps before it: that is what makes a resumed run
-the same run.
+There is no padding anywhere, and what a group's sequences begin with is there once. A batch says where each sequence
+begins, which positions predict a trained token and which token that is; everything else about the examples is gone by
+now. The order of the data is a function of the seed and the epoch, so the content of any step is known without the
+steps before it: that is what makes a resumed run the same run.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from luthier.data.sequences import TokenSequence
+from luthier.data.sequences import Item, TokenGroup, TokenSequence
 from luthier.errors import DataError
+from luthier.kernels.streams import Segments
 
 __all__ = ["StepPlan", "TokenBatch", "collate", "cut", "pack"]
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A padding-free stream of sequences.
+    """A padding-free stream of sequences, of which those of a group share what they begin with.
 
-    token_ids, positions: [tokens] int64; positions restart with each sequence. lengths: tokens of each sequence.
+    token_ids, positions: [tokens] int64; positions restart with each sequence. segments: how the stream is cut.
     target_index: [targets], the stream position whose hidden state predicts the target (the one before it).
-    target_ids: [targets] int64. weights: [targets] float32. target_sequence: [targets], which sequence a target is of.
+    target_ids: [targets] int64. weights: [targets] float32. target_sequence: [targets], which sequence a target is of,
+    rising. target_counts: targets of each sequence. last_index: [sequences], the position of its last token.
+
+    Of preferences, pairs: [pairs, 2], the better sequence and the worse; margins: [pairs], by how much where it is
+    known, else 0. Of feedback, desirable: [sequences] bool; mismatched: a batch of answers to other prompts; baseline:
+    a scalar made of them. reference: [sequences], the reference model's log p of each sequence's targets.
     """
 
     token_ids: Tensor
     positions: Tensor
-    lengths: tuple[int, ...]
+    segments: Segments
     target_index: Tensor
     target_ids: Tensor
     weights: Tensor
     target_sequence: Tensor
+    target_counts: tuple[int, ...]
+    last_index: Tensor
+    pairs: Tensor
+    margins: Tensor
+    desirable: Tensor | None = None
+    reference: Tensor | None = None
+    mismatched: "TokenBatch | None" = None
+    baseline: Tensor | None = None
 
     def count(self, unit: str) -> int:
-        """How many units of a loss lie in this batch; what the loop divides by. unit: tokens or sequences."""
-        return len(self.target_ids) if unit == "tokens" else len(self.lengths)
+        """How many units of a loss lie in this batch; what the loop divides by. unit: tokens, sequences or pairs."""
+        return len({"tokens": self.target_ids, "sequences": self.last_index, "pairs": self.pairs}[unit])
 
     @cached_property
     def num_tokens(self) -> int:
@@ -51,33 +67,101 @@ class TokenBatch:
         """The same batch on another device."""
         if self.token_ids.device == device:
             return self
+        held: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor | TokenBatch)}
+        return TokenBatch(**{**held, **moved})
+
+
+def collate(items: Sequence[Item]) -> TokenBatch:
+    """The items as one stream, in the order given."""
+    laid = _Laid()
+    for item in items:
+        laid.add(item)
+    groups = [item for item in items if isinstance(item, TokenGroup)]
+    return laid.batch(groups if len(groups) == len(items) else [])
+
+
+class _Laid:
+    """A stream that grows."""
+
+    def __init__(self) -> None:
+        self.segments: list[tuple[NDArray[np.int32], int, int | None]] = []  # ids, first position, parent
+        self.num_tokens = 0
+        self.sequences: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = []  # of each: target_index, target_ids
+        self.last_index: list[int] = []
+        self.pairs: list[tuple[int, int]] = []
+        self.margins: list[float] = []
+
+    def add(self, item: Item) -> None:
+        """A sequence, or a group with what its sequences share before them."""
+        if not isinstance(item, TokenGroup):
+            self._add_sequence(item, 0, 0, None)
+            return
+        shared, first = item.num_shared, len(self.sequences)
+        start = self.num_tokens
+        parent = self._add_segment(item.sequences[0].token_ids[:shared], 0, None) if shared else None
+        for sequence in item.sequences:
+            self._add_sequence(sequence, shared, start, parent)
+        for better, worse, margin in _ranked(item):
+            self.pairs.append((first + better, first + worse))
+            self.margins.append(margin)
+
+    def _add_segment(self, ids: NDArray[np.int32], position: int, parent: int | None) -> int:
+        self.segments.append((ids, position, parent))
+        self.num_tokens += len(ids)
+        return len(self.segments) - 1
+
+    def _add_sequence(self, sequence: TokenSequence, shared: int, shared_start: int, parent: int | None) -> None:
+        """shared: how many of its tokens lie at `shared_start` already."""
+        moved = self.num_tokens - shared
+        self._add_segment(sequence.token_ids[shared:], shared, parent)
+        local = np.flatnonzero(sequence.trained[1:])
+        index = np.where(local < shared, local + shared_start, local + moved)
+        self.sequences.append((index, sequence.token_ids[local + 1]))
+        self.last_index.append(self.num_tokens - 1)
+
+    def batch(self, groups: Sequence[TokenGroup]) -> TokenBatch:
+        """groups: all items, if all are groups."""
+        lengths = [len(ids) for ids, _, _ in self.segments]
+        index, targets = (np.concatenate(parts).astype(np.int64) for parts in zip(*self.sequences, strict=True))
+        counts = [len(part) for part, _ in self.sequences]
         return TokenBatch(
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            lengths=self.lengths,
-            target_index=self.target_index.to(device),
-            target_ids=self.target_ids.to(device),
-            weights=self.weights.to(device),
-            target_sequence=self.target_sequence.to(device),
+            token_ids=torch.from_numpy(np.concatenate([ids for ids, _, _ in self.segments]).astype(np.int64)),
+            positions=torch.from_numpy(np.concatenate([np.arange(p, p + len(ids)) for ids, p, _ in self.segments])),
+            segments=Segments(tuple(lengths), tuple(parent for _, _, parent in self.segments)),
+            target_index=torch.from_numpy(index),
+            target_ids=torch.from_numpy(targets),
+            weights=torch.ones(len(index)),
+            target_sequence=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+            target_counts=tuple(counts),
+            last_index=torch.tensor(self.last_index),
+            pairs=torch.tensor(self.pairs, dtype=torch.int64).view(-1, 2),
+            margins=torch.tensor(self.margins),
+            desirable=_each([g.desirable for g in groups for _ in g.sequences], torch.bool),
+            reference=_each([n for g in groups for n in g.reference or (None,)], torch.float32),
+            mismatched=_mismatched(groups),
         )
 
 
-def collate(sequences: Sequence[TokenSequence]) -> TokenBatch:
-    """The sequences as one stream, in the order given."""
-    lengths = tuple(len(s) for s in sequences)
-    starts = np.cumsum((0, *lengths[:-1]))
-    token_ids = np.concatenate([s.token_ids for s in sequences]).astype(np.int64)
-    local = [np.flatnonzero(s.trained[1:]) for s in sequences]
-    index = np.concatenate([start + where for start, where in zip(starts, local, strict=True)]).astype(np.int64)
-    return TokenBatch(
-        token_ids=torch.from_numpy(token_ids),
-        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
-        lengths=lengths,
-        target_index=torch.from_numpy(index),
-        target_ids=torch.from_numpy(token_ids[index + 1]),
-        weights=torch.ones(len(index)),
-        target_sequence=torch.from_numpy(np.repeat(np.arange(len(local)), [len(where) for where in local])),
-    )
+def _ranked(group: TokenGroup) -> Iterator[tuple[int, int, float]]:
+    """Every two of its sequences of which one is the better: their numbers, and the difference of their scores."""
+    scores = group.scores or (0.0,) * len(group.sequences)
+    for better, worse in combinations(range(len(group.sequences)), 2):
+        if group.scores is None or scores[better] > scores[worse]:
+            yield better, worse, scores[better] - scores[worse]
+
+
+def _each(values: Sequence[float | None], dtype: torch.dtype) -> Tensor | None:
+    return torch.tensor(values, dtype=dtype) if values and None not in values else None
+
+
+def _mismatched(groups: Sequence[TokenGroup]) -> TokenBatch | None:
+    answers = [
+        TokenGroup((g.mismatched,), reference=None if g.mismatched_reference is None else (g.mismatched_reference,))
+        for g in groups
+        if g.mismatched is not None
+    ]
+    return collate(answers) if answers else None
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -98,40 +182,34 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(sorted(members) for members in bins)
 
 
-def cut(
-    sequences: Sequence[TokenSequence], micro_batch_tokens: int | None, *, packing: bool = True
-) -> list[TokenBatch]:
-    """A step's sequences as micro-batches of at most so many tokens (None: all in one; packing off: one sequence
-    each).
-    """
+def cut(items: Sequence[Item], micro_batch_tokens: int | None, *, packing: bool = True) -> list[TokenBatch]:
+    """A step's items as micro-batches of at most so many tokens (None: all in one; packing off: one item each)."""
     if not packing:
-        return [collate([s]) for s in sequences]
+        return [collate([item]) for item in items]
     if micro_batch_tokens is None:
-        return [collate(sequences)]
-    bins = pack([len(s) for s in sequences], micro_batch_tokens)
-    return [collate([sequences[i] for i in members]) for members in bins]
+        return [collate(items)]
+    bins = pack([len(item) for item in items], micro_batch_tokens)
+    return [collate([items[i] for i in members]) for members in bins]
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which sequences each optimizer step sees: a shuffle per epoch, batch_size at a time, the last step of an epoch
-    short.
-    """
+    """Which items each step sees: a shuffle per epoch, batch_size at a time, the last step of an epoch short."""
 
-    sequences: Sequence[TokenSequence]
+    items: Sequence[Item]
     batch_size: int
     epochs: int
     seed: int
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not any(s.num_trained for s in self.sequences):
+        if not any(item.num_trained for item in self.items):
             raise DataError("no sequence has a trained token; look at the data with `luthier data preview`")
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that go through the data once."""
-        return -(-len(self.sequences) // self.batch_size)
+        return -(-len(self.items) // self.batch_size)
 
     @property
     def num_steps(self) -> int:
@@ -143,11 +221,11 @@ class StepPlan:
         """Epochs gone through once `step` steps are done."""
         return step / self.steps_per_epoch
 
-    def step(self, index: int) -> list[TokenSequence]:
-        """The sequences of step `index`, counted from 0; the same whatever was asked before."""
+    def step(self, index: int) -> list[Item]:
+        """The items of step `index`, counted from 0; the same whatever was asked before."""
         epoch, within = divmod(index, self.steps_per_epoch)
-        order = _shuffled(len(self.sequences), self.seed, epoch)
-        return [self.sequences[i] for i in order[within * self.batch_size : (within + 1) * self.batch_size]]
+        order = _shuffled(len(self.items), self.seed, epoch)
+        return [self.items[i] for i in order[within * self.batch_size : (within + 1) * self.batch_size]]
 
 
 @lru_cache(maxsize=2)

@@ -4,10 +4,11 @@ Formats (`data/formats.py`) make these, templates (`data/templates.py`) turn the
 files, tokenizers or tensors. Each example travels with its `Origin`, so that every later complaint names file and line.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Chat", "Example", "Message", "Origin", "Text", "ToolCall"]
+__all__ = ["Chat", "Example", "Feedback", "Message", "Origin", "Preference", "Prompt", "Text", "ToolCall"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,4 +61,36 @@ class Chat:
     tools: tuple[dict[str, Any], ...] = field(default=())
 
 
-Example = Text | Chat
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two or more answers to one conversation, the best first; each is one turn of the assistant, or several with tools
+    between.
+
+    prompt: ends with a turn that is not the assistant's. scores: one for each answer where the row has them, such as a
+    judge's; a pair's margin is the difference of two.
+    """
+
+    prompt: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    tools: tuple[dict[str, Any], ...] = field(default=())
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """One answer, the last turn of a conversation, and whether it is desirable."""
+
+    chat: Chat
+    desirable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for an answer. row: all columns that it stood in, for functions that judge answers."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = field(default=())
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+Example = Text | Chat | Preference | Feedback | Prompt

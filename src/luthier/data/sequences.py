@@ -1,8 +1,9 @@
-"""A tokenized example: token ids and which of them are trained.
+"""Tokenized examples: token ids and which of them are trained, alone or several that begin alike.
 
 The last torch-free form of the data: templates make it, the audit reads it, batches are cut from it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from luthier.data.examples import Origin
 
-__all__ = ["TokenSequence"]
+__all__ = ["Item", "TokenGroup", "TokenSequence", "sequences_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,3 +36,55 @@ class TokenSequence:
     def num_trained(self) -> int:
         """How many tokens are targets."""
         return int(self.trained[1:].sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenGroup:
+    """Sequences that begin with the same tokens, which are stored and computed once: answers to one prompt.
+
+    Of a preference the sequences are the answers, the best first; of feedback one answer. Trained are an answer's
+    tokens and nothing before.
+
+    scores: one for each sequence, or None. desirable: of feedback. mismatched: for KTO, another row's answer to this
+    prompt; it is not trained. reference: log p of each sequence's trained tokens by the reference model, in nats.
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    scores: tuple[float, ...] | None = None
+    desirable: bool | None = None
+    mismatched: TokenSequence | None = None
+    reference: tuple[float, ...] | None = None
+    mismatched_reference: float | None = None
+
+    @property
+    def num_shared(self) -> int:
+        """How many tokens all sequences begin with; each keeps one of its own. 0 for a sequence alone."""
+        if len(self.sequences) == 1:
+            return 0
+        shortest = min(map(len, self.sequences))
+        stacked = np.stack([s.token_ids[:shortest] for s in self.sequences])
+        differ = np.flatnonzero((stacked != stacked[0]).any(0))
+        return int(min(differ[0] if len(differ) else shortest, shortest - 1))
+
+    def __len__(self) -> int:
+        """Tokens to compute."""
+        return sum(map(len, self.sequences)) - (len(self.sequences) - 1) * self.num_shared
+
+    @property
+    def num_trained(self) -> int:
+        """How many tokens are targets, those of each sequence counted."""
+        return sum(s.num_trained for s in self.sequences)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the example was read."""
+        return self.sequences[0].origin
+
+
+Item = TokenSequence | TokenGroup
+"""What a step counts: a sequence, or a group of them."""
+
+
+def sequences_of(items: Iterable[Item]) -> list[TokenSequence]:
+    """All sequences, those of groups one by one."""
+    return [s for item in items for s in (item.sequences if isinstance(item, TokenGroup) else (item,))]

@@ -1,6 +1,6 @@
 """Luthier's attention, offered to transformers through its own registry, so that no model is patched.
 
-A forward pass that brings `segment_lengths` along runs ragged attention over a stream of sequences; every other pass
+A forward pass that brings `segments` along runs ragged attention over a stream of sequences; every other pass
 (generation with a cache, a batch with padding) is handed on to transformers' own attention. Either sees the keys and
 values of a `prefix`, if a pass brings one along.
 """
@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from luthier.kernels.attention import ATTENTION, KeysAndValues, put_prefix, ragged_attention, window_mask
+from luthier.kernels.streams import Segments
 
 __all__ = ["ATTENTION", "RAGGED", "register_attention", "supports_ragged"]
 
@@ -66,14 +67,14 @@ def _attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segment_lengths: Sequence[int] | None = None,
+    segments: Segments | None = None,
     position_ids: Tensor | None = None,
     prefix: Sequence[KeysAndValues] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     window = options.pop("sliding_window", getattr(module, "sliding_window", None))  # Qwen2MoE passes none along
     before = None if prefix is None else _cast(prefix[module.layer_idx], key.dtype)
-    if segment_lengths is None:
+    if segments is None:
         if attention_mask is None and window is not None and query.shape[2] == key.shape[2]:
             attention_mask = window_mask(query.shape[2], window, query.device)
         if before is not None:
@@ -88,7 +89,7 @@ def _attention(
         )
         return output, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = ragged_attention(query, key, value, segment_lengths, scale=scale, window=window, prefix=before)
+    attended = ragged_attention(query, key, value, segments, scale=scale, window=window, prefix=before)
     return attended.transpose(1, 2), None
 
 

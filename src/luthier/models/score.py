@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.adapters.new_tokens import further_rows
+from luthier.adapters.switch import adapters_off
 from luthier.adapters.targets import decoder
 from luthier.data.batches import TokenBatch
 from luthier.kernels.attention import ATTENTION
+from luthier.kernels.divergence import linear_divergence
 from luthier.kernels.logprobs import HeadOptions, linear_logprobs
-from luthier.kernels.streams import STREAM_MULTIPLE
+from luthier.kernels.streams import STREAM_MULTIPLE, Segments
 from luthier.models.load import Model
 
-__all__ = ["Scores", "hidden_states", "score"]
+__all__ = ["Scores", "divergence", "hidden_states", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +48,49 @@ def score(model: Model | PreTrainedModel, batch: TokenBatch) -> Scores:
     return Scores(logprobs, entropy)
 
 
+@torch.no_grad()
+def divergence(network: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """KL(p || p_base) of the next token at every target's place, [targets] in nats, p_base being without adapters.
+
+    Tokens that an adapter has added count for nothing: the base has no logits for them. No gradient.
+    """
+    batch = batch.to(network.device)
+    head = network.get_output_embeddings()
+    hidden, weight, bias = hidden_states(network, batch)[batch.target_index], head.weight, head.bias
+    with adapters_off(network):
+        other, of_base = hidden_states(network, batch)[batch.target_index], head.weight
+    return linear_divergence(hidden, other, (weight, of_base), (bias, head.bias), _head_options(network))
+
+
 def hidden_states(network: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The last hidden states of the stream, [tokens, hidden]."""
     _, body = decoder(network)
     if network.config._attn_implementation == ATTENTION:
         return _run_stream(body, batch)
-    pieces = zip(batch.token_ids.split(list(batch.lengths)), batch.positions.split(list(batch.lengths)), strict=True)
-    return torch.cat([_run(body, ids, positions, None) for ids, positions in pieces])
+    return torch.cat([_run_segment(body, batch, i) for i in range(len(batch.segments.lengths))])
 
 
 def _run_stream(body: nn.Module, batch: TokenBatch) -> Tensor:
     """The whole stream at once, made up to a multiple of STREAM_MULTIPLE by one more sequence that nobody looks at."""
     missing = -batch.num_tokens % STREAM_MULTIPLE
     if not missing:
-        return _run(body, batch.token_ids, batch.positions, batch.lengths)
+        return _run(body, batch.token_ids, batch.positions, batch.segments)
     token_ids = torch.nn.functional.pad(batch.token_ids, (0, missing))
     positions = torch.cat([batch.positions, torch.arange(missing, device=batch.positions.device)])
-    return _run(body, token_ids, positions, (*batch.lengths, missing))[: batch.num_tokens]
+    return _run(body, token_ids, positions, batch.segments.and_one_more(missing))[: batch.num_tokens]
 
 
-def _run(body: nn.Module, token_ids: Tensor, positions: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-    segments = {} if lengths is None else {"segment_lengths": lengths}
-    output = body(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **segments)
+def _run_segment(body: nn.Module, batch: TokenBatch, number: int) -> Tensor:
+    """A segment by itself, computed with what it goes on from."""
+    slices, parent = batch.segments.slices, batch.segments.parents[number]
+    pieces = [slices[number]] if parent is None else [slices[parent], slices[number]]
+    token_ids, positions = (torch.cat([t[p] for p in pieces]) for t in (batch.token_ids, batch.positions))
+    return _run(body, token_ids, positions, None)[-batch.segments.lengths[number] :]
+
+
+def _run(body: nn.Module, token_ids: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
+    further = {} if segments is None else {"segments": segments}
+    output = body(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **further)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
