@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from luthier.adapters.inject import ADAPTERS, inject
+from luthier.kernels.streams import Segments
 from luthier.models.fuse import fuse
 from luthier.models.load import load
 from luthier.models.sources import resolve
@@ -116,23 +117,27 @@ def layer_steps(word: str, dtype: str) -> dict[str, Step]:
 
 
 def model_steps(word: str, dtype: str, tokens: int = TOKENS) -> dict[str, Step]:
-    """Forward and backward of the whole model on four rows, ours and PEFT's."""
+    """Forward and backward of the whole model on four rows: in one stream, as Luthier trains, and as PEFT's batch."""
     ids = torch.randint(5, 40_000, (4, tokens // 4), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(tokens // 4).repeat(4)[None]
+    in_stream = {"input_ids": ids.view(1, -1), "position_ids": places, "use_cache": False}
+    in_stream["segments"] = Segments.alone([tokens // 4] * 4)
 
-    def step(network: PreTrainedModel) -> Step:
-        return Step(
-            network, (), lambda: network(input_ids=ids, logits_to_keep=1).logits.float().square().mean().backward()
-        )
+    def step(network: PreTrainedModel, given: dict[str, Any]) -> Step:
+        def run() -> None:
+            network(**given, logits_to_keep=1).logits.float().square().mean().backward()
+
+        return Step(network, (), run)
 
     ours = load(MODEL, dtype=dtype).network  # type: ignore[arg-type]
     fuse(ours)
     ours.requires_grad_(False)
     inject(ours, settings_of(word), seed=0)
-    steps = {"luthier": step(ours.train())}
+    steps = {"luthier": step(ours.train(), in_stream)}
     config = peft_config(word, LINEARS)
     if config is not None:
         plain = AutoModelForCausalLM.from_pretrained(resolve(MODEL).folder, dtype=DTYPES[dtype])
-        steps["peft"] = step(peft.get_peft_model(plain, config).train())
+        steps["peft"] = step(peft.get_peft_model(plain, config).train(), {"input_ids": ids})
     return steps
 
 

@@ -21,7 +21,7 @@ from luthier.data.batches import cut
 from luthier.data.prepare import prepare
 from luthier.models.adapted import load_adapted
 from luthier.models.load import Model, load
-from luthier.pipeline.stages import STAGES
+from luthier.pipeline.methods import next_tokens
 from luthier.recipe import SFT
 from luthier.training.callbacks import read_metrics
 from luthier.training.loop import evaluate_loss
@@ -33,6 +33,7 @@ NF4 = {"quantize_base": "nf4"}
 RUNS: dict[str, dict[str, object]] = {
     **{kind: {"adapter": kind} for kind in ("lora", "dora", "loha", "lokr", "vera", "ia3", "adalora", "dylora")},
     **{kind: {"adapter": kind} for kind in ("bottleneck", "prefix", "prompt", "bitfit")},
+    "fusion of two bottlenecks": {"adapter": {"type": "fusion"}},
     "lora, pissa": {"adapter": {"init": "pissa"}},
     "lora over nf4 (QLoRA)": NF4,
     "lora over nf4, loftq": {**NF4, "adapter": {"init": "loftq"}},
@@ -50,9 +51,9 @@ def short_rows(place: Path) -> None:
     place.write_text("".join(f"{line}\n" for line in islice(fitting, NUM_ROWS)))
 
 
-def run(name: str, steps: int, rows: Path, folder: Path) -> dict[str, Any]:
+def run(settings: dict[str, object], steps: int, rows: Path, folder: Path) -> dict[str, Any]:
     """What one run left in its folder; the run has a process of its own."""
-    stage = {"data": str(rows), **SETTINGS, **RUNS[name], "max_steps": steps}
+    stage = {"data": str(rows), **SETTINGS, **settings, "max_steps": steps}
     recipe = {"model": MODEL, "output": str(folder), "seed": 1, "stages": [{"sft": stage}]}
     code = "import json, sys, luthier; luthier.run_recipe(luthier.Recipe(**json.loads(sys.argv[1])))"
     subprocess.run([sys.executable, "-c", code, json.dumps(recipe)], check=True, stdout=subprocess.DEVNULL)
@@ -68,11 +69,21 @@ def run(name: str, steps: int, rows: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def settings_of(name: str, steps: int, rows: Path, folder: Path) -> dict[str, object]:
+    """A run's settings. A fusion's members, of two sizes, are trained first, each for half of the steps."""
+    if not name.startswith("fusion"):
+        return RUNS[name]
+    members = [folder.with_name(f"member of size {size}") for size in (32, 64)]
+    for size, member in zip((32, 64), members, strict=True):
+        run({"adapter": {"type": "bottleneck", "size": size}}, steps // 2, rows, member)
+    return {"adapter": {"type": "fusion", "adapters": [str(member / "00-sft" / "adapter") for member in members]}}
+
+
 def held_out_loss(model: Model, rows: Path) -> float:
     """On the rows that the runs hold out."""
     settings = SFT(data=str(rows), seed=1, **SETTINGS)
     held_out = prepare(settings, model.tokenizer, quarantine=rows.with_suffix(".left_out")).evaluation
-    return evaluate_loss(model.network, cut(held_out, 512), STAGES["sft"].objective)
+    return evaluate_loss(model.network, cut(held_out, 512), next_tokens)
 
 
 def row(name: str, found: dict[str, Any]) -> str:
@@ -102,7 +113,7 @@ def main() -> None:
             if name not in results:
                 rows, place = Path(folder) / "rows.jsonl", Path(folder) / "run"
                 short_rows(rows)
-                results[name] = run(name, given.steps, rows, place)
+                results[name] = run(settings_of(name, given.steps, rows, place), given.steps, rows, place)
                 known = [found["untouched_loss"] for found in results.values() if "untouched_loss" in found]
                 results[name]["untouched_loss"] = known[0] if known else held_out_loss(load(MODEL, dtype="bf16"), rows)
                 if name == "dylora":

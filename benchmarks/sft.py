@@ -26,13 +26,13 @@ from luthier.adapters.inject import inject
 from luthier.data.batches import StepPlan
 from luthier.data.masks import encode_chat
 from luthier.data.reading import read_examples
-from luthier.data.sequences import TokenSequence
+from luthier.data.sequences import Item, TokenSequence
 from luthier.kernels.linear import linear
 from luthier.models.fuse import fuse
 from luthier.models.load import load
 from luthier.models.trainable import freeze_base
+from luthier.pipeline.methods import next_tokens
 from luthier.pipeline.plan import FIRST_MICRO_BATCH_TOKENS
-from luthier.pipeline.stages import STAGES
 from luthier.recipe import SFT, LoRA
 from luthier.training.loop import Run, train_step
 from luthier.training.memory import keep_freed_memory
@@ -69,7 +69,7 @@ def run_luthier(dtype: str, steps: list[list[TokenSequence]]) -> dict[str, Any]:
     run = Run(
         TrainState(model.network, make_optimizer(model.network, settings), Progress()),
         plan,
-        STAGES["sft"].objective,
+        next_tokens,
         settings,
         FIRST_MICRO_BATCH_TOKENS[model.device.type],
     )
@@ -79,8 +79,8 @@ def run_luthier(dtype: str, steps: list[list[TokenSequence]]) -> dict[str, Any]:
 class _Fixed(StepPlan):
     """Steps in the order given."""
 
-    def step(self, index: int) -> list[TokenSequence]:
-        return list(self.sequences[index * self.batch_size : (index + 1) * self.batch_size])
+    def step(self, index: int) -> list[Item]:
+        return list(self.items[index * self.batch_size : (index + 1) * self.batch_size])
 
 
 def run_trl(dtype: str, steps: list[list[TokenSequence]], *, packed: bool, micro_batch: int) -> dict[str, Any]:

@@ -60,6 +60,12 @@ def place(tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("qa.jsonl", "more.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": "Why?"}]))
+    pairs = [{"prompt": row["question"], "chosen": row["answer"], "rejected": "Who knows?"} for row in rows]
+    verdicts = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(pairs)]
+    prompts = [{"prompt": row["question"]} for row in rows]
+    for name, made in (("pairs", pairs), ("verdicts", verdicts), ("prompts", prompts)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    (tmp_path / "judge.py").write_text("def shorter(prompt, answer, row):\n    return -len(answer)\n")
     (tmp_path / "faq.csv").write_text("Frage;Antwort\nWas ist 1?;Eine Zahl.\nWas ist 2?;Auch eine.\n")
     (tmp_path / "notes").mkdir()
     for name in ("notes/one.txt", "general.txt"):
@@ -120,5 +126,6 @@ def test_a_command_ends_with_its_line_unless_a_backslash_says_so() -> None:
 
 
 def test_every_task_is_documented_with_commands() -> None:
-    assert {"data.md", "memory.md", "merging.md", "training.md"} <= {path.name for path in documents("sh")}
+    tasks = {"alignment.md", "data.md", "memory.md", "merging.md", "training.md"}
+    assert tasks <= {path.name for path in documents("sh")}
     assert "python.md" in {path.name for path in documents("python")}

@@ -1,7 +1,7 @@
 """Luthier: fine-tune, align, compress, evaluate and serve language models from one recipe.
 
 The names below are the Python interface, and with them a function for each training stage, by its word in recipes:
-`sft`, `pretrain`. They are imported when they are first used, so `import luthier` costs next to nothing and loads
+`sft`, `dpo` and so on. They are imported when they are first used, so `import luthier` costs next to nothing and loads
 neither torch nor transformers.
 """
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from luthier.data.batches import TokenBatch
     from luthier.errors import LuthierError
     from luthier.models.load import Model, load
+    from luthier.models.rewards import load_reward, rewards
     from luthier.models.score import Scores, score
     from luthier.objectives.loss import Loss
     from luthier.pipeline.adapter_costs import adapter_costs
@@ -82,9 +83,11 @@ __all__ = [
     "load",
     "load_adapter",
     "load_recipe",
+    "load_reward",
     "merge_adapters",
     "mix_adapters",
     "print_trainable_parameters",
+    "rewards",
     "run_recipe",
     "save",
     "save_adapter",
@@ -130,9 +133,11 @@ _HOMES = {
     "load": "luthier.models.load",
     "load_adapter": "luthier.pipeline.python_adapters",
     "load_recipe": "luthier.recipe",
+    "load_reward": "luthier.models.rewards",
     "merge_adapters": "luthier.adapters.merge",
     "mix_adapters": "luthier.adapters.switch",
     "print_trainable_parameters": "luthier.pipeline.python_adapters",
+    "rewards": "luthier.models.rewards",
     "run_recipe": "luthier.pipeline.run",
     "save": "luthier.pipeline.python",
     "save_adapter": "luthier.pipeline.python_adapters",

@@ -15,9 +15,9 @@ import luthier as lt
 from luthier.adapters.inject import adapted_layers
 from luthier.adapters.switch import adapters_off
 from luthier.errors import CheckpointError, DataError, RecipeError, TrainingError
+from luthier.pipeline.methods import next_tokens
 from luthier.pipeline.python import FUNCTIONS
 from luthier.pipeline.report import write_report
-from luthier.pipeline.stages import STAGES
 from luthier.recipe import STAGE_SETTINGS, recipe_of, settings_from
 from luthier.training.callbacks import Metrics, read_metrics
 
@@ -248,7 +248,7 @@ def test_what_is_wrong_is_said_before_anything_happens(model_of: Callable[..., l
     with pytest.raises(RecipeError, match="in memory in fp32"):
         lt.sft(model, data="rows.jsonl", dtype="bf16")
     with pytest.raises(RecipeError, match="batch_size: is about data"):
-        lt.fit(model, data, objective=STAGES["sft"].objective, batch_size=2)
+        lt.fit(model, data, objective=next_tokens, batch_size=2)
     with pytest.raises(RecipeError, match="learning_rate: is not about data"):
         lt.batches("rows.jsonl", model.tokenizer, learning_rate=1.0)
     with pytest.raises(RecipeError, match='did you mean "sft"'):

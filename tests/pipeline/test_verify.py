@@ -17,8 +17,8 @@ from luthier.data.batches import TokenBatch
 from luthier.errors import VerificationError
 from luthier.models.load import load
 from luthier.objectives.loss import Loss
+from luthier.pipeline.methods import next_tokens
 from luthier.pipeline.prepare import prepare_network
-from luthier.pipeline.stages import STAGES
 from luthier.pipeline.verify_conversations import AWKWARD
 from luthier.pipeline.verify_loss import verify_loss
 from luthier.pipeline.verify_resume import verify_resume
@@ -82,7 +82,7 @@ def recipe(recipe_text: str) -> Recipe:
 
 def mean_of_its_own(network: nn.Module, batch: TokenBatch) -> Loss:
     """The mistake: a mean over whatever lies in the micro-batch."""
-    loss = STAGES["sft"].objective(network, batch)
+    loss = next_tokens(network, batch)
     return Loss(loss.per_unit / len(loss.per_unit), unit=loss.unit)
 
 
@@ -114,7 +114,7 @@ def test_the_adapter_takes_part_with_all_its_parameters(recipe: Recipe) -> None:
 
     def watched(network: nn.Module, batch: TokenBatch) -> Loss:
         seen.update({name: bool(p.any()) for name, p in network.named_parameters() if p.requires_grad})
-        return STAGES["sft"].objective(network, batch)
+        return next_tokens(network, batch)
 
     verify_loss(recipe, objective=watched)
     assert len(seen) == 2 * 2 * 7
@@ -128,7 +128,7 @@ def test_an_objective_that_divides_by_its_own_micro_batch_is_found(recipe: Recip
 
 def test_an_objective_without_a_gradient_proves_nothing(recipe: Recipe) -> None:
     def flat(network: nn.Module, batch: TokenBatch) -> Loss:
-        loss = STAGES["sft"].objective(network, batch)
+        loss = next_tokens(network, batch)
         return Loss(loss.per_unit * 0, unit=loss.unit)
 
     with pytest.raises(VerificationError, match="differs from the whole step's by nan"):

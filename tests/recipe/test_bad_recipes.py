@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from luthier.errors import RecipeError
 from luthier.recipe import LoRA, load_recipe, parse_recipe
+from luthier.recipe.stages import STAGE_SETTINGS
 
 SFT = "stages:\n  - sft:\n      data: qa.jsonl\n"
 KNOWN_LORA = ", ".join(LoRA.model_fields)
@@ -36,7 +37,10 @@ BAD = {  # the recipe, and the one complaint about it
         f"4: stages[0].sft.adapter.zzz: unknown field; known are {KNOWN_LORA}",
     ),
     "stage": ("stages:\n  - stf: {data: a}", '2: stages[0].stf: unknown stage; did you mean "sft"?'),
-    "far_stage": ("stages:\n  - curate: {}", "2: stages[0].curate: unknown stage; known are pretrain, sft"),
+    "far_stage": (
+        "stages:\n  - curate: {}",
+        f"2: stages[0].curate: unknown stage; known are {', '.join(STAGE_SETTINGS)}",
+    ),
     "adapter_type": (
         SFT + "      adapter:\n        type: lroa",
         '5: stages[0].sft.adapter.type: unknown type; did you mean "lora"?',

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from luthier.data.formats import FORMATS
 from luthier.errors import RecipeError
 from luthier.recipe import ADAPTER_SETTINGS, SFT, LoRA, Pretrain, settings_from
+from luthier.recipe.preference import DPO, KTO, Reward
 from luthier.recipe.problems import nearest
+from luthier.recipe.rounds import IterativeDPO
 
 
 def test_the_language_of_recipes_needs_no_torch() -> None:
@@ -120,11 +122,15 @@ def test_the_nearest_name_is_found_by_spelling_and_by_what_peers_say(word: str, 
 
 
 def test_the_formats_are_those_that_data_reads() -> None:
-    for name in FORMATS:
-        assert settings_from(SFT, {"data": "a", "format": name}).format == name
-    with pytest.raises(RecipeError) as caught:
-        settings_from(SFT, {"data": "a", "format": ""})
-    assert str(caught.value).count('"') == 2 * len(FORMATS) + 2
+    further = {"judge": {"type": "local"}}
+    for task, kind in (("imitate", SFT), ("prefer", DPO), ("prefer", Reward), ("judge", KTO), ("ask", IterativeDPO)):
+        given = {"data": "a", **(further if kind is IterativeDPO else {})}
+        names = [name for name, known in FORMATS.items() if known.task == task]
+        for name in names:
+            assert settings_from(kind, {**given, "format": name}).format == name
+        with pytest.raises(RecipeError) as caught:
+            settings_from(kind, {**given, "format": ""})
+        assert str(caught.value).count('"') == 2 * len(names) + 2
 
 
 def test_adapters_are_known_by_their_type() -> None:

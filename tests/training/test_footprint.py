@@ -15,7 +15,7 @@ RunOf = Callable[..., Run]
 
 
 def footprint(run: Run, num_rows: int = 8) -> Footprint:
-    return step_footprint(run.state, collate(run.plan.sequences[:num_rows]), run.objective)
+    return step_footprint(run.state, collate(run.plan.items[:num_rows]), run.objective)
 
 
 def test_bytes_are_counted_from_an_operation_to_the_release_of_its_result() -> None:

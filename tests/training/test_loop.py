@@ -58,7 +58,7 @@ def cuts(rows: list[TokenSequence]) -> dict[str, list[TokenBatch]]:
 def per_sequence(network: nn.Module, batch: TokenBatch) -> Loss:
     """A loss a sequence: the sum of its targets'."""
     logprobs = score(network, batch).logprobs
-    sums = torch.zeros(len(batch.lengths)).index_add(0, batch.target_sequence, logprobs)
+    sums = torch.zeros(len(batch.segments.lengths)).index_add(0, batch.target_sequence, logprobs)
     return Loss(-sums, unit="sequences")
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from luthier.adapters.adapted import bare
 from luthier.errors import AdapterError
 
-__all__ = ["Linear", "decoder", "decoder_blocks", "linear_targets", "modules_named", "named_places"]
+__all__ = ["Linear", "decoder", "decoder_blocks", "linear_targets", "modules_named", "named_places", "output_layer"]
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.|$)")
 
@@ -47,7 +47,7 @@ def linear_targets(
 
     Raises AdapterError for a name that fits none, and for a block that is not there.
     """
-    head = network.get_output_embeddings()  # type: ignore[operator]
+    head = output_layer(network)
     places = [(name, place) for name, place in named_places(network) if isinstance(bare(place), Linear)]
     linears: dict[str, nn.Module] = {name: bare(place) for name, place in places if place is not head}
     if not linears:
@@ -58,6 +58,12 @@ def linear_targets(
         _refuse_head(next((name for name, place in places if place is head), ""), names)
     chosen = linears if isinstance(names, str) else _named(linears, names)
     return chosen if layers is None else _within(chosen, layers)
+
+
+def output_layer(network: nn.Module) -> nn.Module | None:
+    """What makes logits of hidden states, or a reward: of transformers' sequence classifiers their `score`."""
+    found: nn.Module | None = network.get_output_embeddings()  # type: ignore[operator]
+    return dict(network.named_children()).get("score") if found is None else found
 
 
 def _refuse_head(head: str, names: Sequence[str]) -> None:

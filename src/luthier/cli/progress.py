@@ -12,6 +12,7 @@ from luthier.training.callbacks import Metrics
 __all__ = ["Screen", "show_summary"]
 
 _PLAIN_EVERY_SECONDS = 15.0
+_SHOWN = {"eval_perplexity": "perplexity", "eval_rewards/accuracies": "accuracy"}
 
 
 class Screen:
@@ -37,7 +38,9 @@ class Screen:
 
     def on_metrics(self, metrics: Metrics) -> None:
         if "eval_loss" in metrics:
-            text = f"held-out loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}"
+            text = f"held-out loss {metrics['eval_loss']:.4f}"
+            for name, word in _SHOWN.items():
+                text += f", {word} {metrics[name]:.2f}" if name in metrics else ""
             self.bar.console.print(f"{self.title} step {metrics['step']}: {text}")
             return
         text = (

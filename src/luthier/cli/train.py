@@ -14,7 +14,8 @@ __all__ = ["command"]
 
 
 def command(word: str) -> click.Command:
-    """The command of a stage's word."""
+    """The command of a stage's word, which has dashes here and underscores in recipes."""
+    word = word.replace("-", "_")
 
     def run(**given: Any) -> None:
         run_on_screen(recipe_of(word, settings_of(STAGE_SETTINGS[word], given)))

@@ -23,8 +23,8 @@ from luthier.data.sequences import TokenSequence
 from luthier.models.fuse import fuse
 from luthier.models.load import load, outline
 from luthier.models.trainable import freeze_base, trainable_parameters
+from luthier.pipeline.methods import next_tokens
 from luthier.pipeline.prepare import fresh_state
-from luthier.pipeline.stages import STAGES
 from luthier.recipe.adapters import ADAPTER_SETTINGS, AnyAdapter
 from luthier.recipe.settings import settings_from
 from luthier.recipe.training import SFT, DType
@@ -120,7 +120,7 @@ def _counted(model_name: str, settings: Sequence[AnyAdapter], dtype: DType, batc
             adapters = inject(network, each, seed=0)
             trained, total = trainable_parameters(network)
             state = fresh_state(SFT(data="-", dtype=dtype), model, outline=True)
-            peak = step_footprint(state, batch, STAGES["sft"].objective).peak_bytes
+            peak = step_footprint(state, batch, next_tokens).peak_bytes
             costs.append(
                 AdapterCost(
                     type=each.type,
@@ -143,7 +143,7 @@ def _frozen_peak(network: PreTrainedModel, batch: TokenBatch) -> int:
     counter.ignore([*network.parameters(), *network.buffers()])
     network.enable_input_require_grads()
     with counter:
-        STAGES["sft"].objective(network, batch).per_unit.sum().backward()
+        next_tokens(network, batch).per_unit.sum().backward()
     network.disable_input_require_grads()
     return counter.peak
 
@@ -174,7 +174,7 @@ def _timed(
 
 def _seconds(network: PreTrainedModel, adapters: list[Adapter], batch: TokenBatch) -> float:
     started = time.perf_counter()
-    step_gradients(network, [batch], STAGES["sft"].objective)
+    step_gradients(network, [batch], next_tokens)
     if (added := penalty(adapters)) is not None:
         added.backward()
     if network.device.type == "cuda":

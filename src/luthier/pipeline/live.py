@@ -25,12 +25,14 @@ from luthier.models.quantize import quantized_as
 from luthier.models.save import save
 from luthier.models.sources import ResolvedSource, resolve
 from luthier.models.trainable import checkpoint_layers
+from luthier.recipe.preference import Reward
 from luthier.recipe.training import DType, Training
 from luthier.training.checkpoints import load_trained
 
 __all__ = [
     "carries_adapter",
     "dtype_of",
+    "exchange",
     "merge_carried",
     "settle",
     "start_digest",
@@ -79,7 +81,7 @@ def merge_carried(model: Model, place: Path) -> None:
     """Makes the model one without adapter, which is stored in `place` and computes what the adapted one did."""
     if not place.is_dir():
         write_merged(model, place)
-    _exchange(model, resolve(str(place), model.source.environment))
+    exchange(model, resolve(str(place), model.source.environment))
 
 
 def settle(model: Model, settings: Training, folder: Path, place: Path) -> None:
@@ -123,8 +125,8 @@ def store_trained(model: Model, settings: Training, folder: Path, place: Path) -
 
 def undo(model: Model, settings: Training) -> None:
     """After a stage that failed: the model as it was before it."""
-    if settings.adapter is None or quantized_as(model.network):
-        _exchange(model, model.source)
+    if settings.adapter is None or quantized_as(model.network) or isinstance(settings, Reward):
+        exchange(model, model.source)
     else:
         remove_adapters(model.network)
         _rest(model)
@@ -135,7 +137,7 @@ def _rest(model: Model) -> None:
     checkpoint_layers(model.network, 0)
 
 
-def _exchange(model: Model, source: ResolvedSource) -> None:
+def exchange(model: Model, source: ResolvedSource) -> None:
     """Another network in the old one's type, place and attention. The old one is emptied before the other is read."""
     dtype, device, attention = dtype_of(model), model.device, model.config._attn_implementation
     model.network.to("meta")

@@ -15,12 +15,14 @@ from luthier.adapters.new_tokens import numbered, with_tokens
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RecipeError
 from luthier.models.fuse import fuse
+from luthier.models.heads import with_head, with_trained_head
 from luthier.models.load import Model, load
 from luthier.models.quantize import quantize_base
 from luthier.models.trainable import checkpoint_layers, freeze_base, train_all_but
 from luthier.quant.linear import round_trip
 from luthier.recipe.adapters import AnyAdapter
-from luthier.recipe.training import SFT, Training
+from luthier.recipe.preference import Reward
+from luthier.recipe.training import OnChats, Training
 from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
 from luthier.training.state import Progress, TrainState
@@ -35,13 +37,14 @@ def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
     a copy where it gets new tokens.
     """
     model.tokenizer = with_tokens(model.tokenizer, () if settings.adapter is None else settings.adapter.new_tokens)
-    if isinstance(settings, SFT) and settings.chat_template is not None:
+    if isinstance(settings, OnChats) and settings.chat_template is not None:
         model.tokenizer.chat_template = _read_template(Path(settings.chat_template))
     stops = model.network.generation_config.eos_token_id
     return prepare(
         settings,
         model.tokenizer,
         eos_token_ids=stops if isinstance(stops, list) else [stops],
+        padding_id=model.config.get_text_config().pad_token_id,
         quarantine=folder / "quarantine.jsonl",
     )
 
@@ -57,7 +60,12 @@ def _read_template(path: Path) -> str:
 
 
 def prepare_network(settings: Training, model: Model) -> list[Adapter]:
-    """Freezes, fuses, adapts and quantizes the network as the settings say; returns the adapters."""
+    """Freezes, fuses, adapts and quantizes the network as the settings say; returns the adapters. A reward model's gets
+    a head first, which is trained whole.
+    """
+    if isinstance(settings, Reward):
+        headed = with_head(model, seed=settings.seed)
+        model.network, model.tokenizer = headed.network, headed.tokenizer
     fusion = fuse(model.network)
     for name, count in fusion.kept.items():
         logger.info("%d %s differ from the fused form and run as they are", count, name)
@@ -66,7 +74,8 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
         train_all_but(model.network, settings.freeze)
     else:
         scheme = settings.quantize_base
-        adapters = adapt(model, settings.adapter, seed=settings.seed, scheme=scheme)
+        wanted = with_trained_head(settings.adapter) if isinstance(settings, Reward) else settings.adapter
+        adapters = adapt(model, wanted, seed=settings.seed, scheme=scheme)
         if scheme:
             quantize_base(model.network, scheme)
     checkpoint_layers(model.network, settings.gradient_checkpointing)

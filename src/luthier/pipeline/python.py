@@ -23,14 +23,26 @@ from luthier.data.prepare import prepare
 from luthier.errors import CheckpointError, RecipeError, TrainingError
 from luthier.models.load import Model
 from luthier.models.save import save as save_plain
+from luthier.models.sources import resolve
 from luthier.objectives.loss import Loss, Unit
 from luthier.pipeline.claim import claim, claimed_by, digest_of_code, give_back, goes_on
-from luthier.pipeline.live import carries_adapter, dtype_of, merge_carried, settle, start_digest, undo, write_merged
+from luthier.pipeline.live import (
+    carries_adapter,
+    dtype_of,
+    exchange,
+    merge_carried,
+    settle,
+    start_digest,
+    undo,
+    write_merged,
+)
+from luthier.pipeline.run import run_stage
 from luthier.pipeline.stages import STAGES
 from luthier.pipeline.train import Summary, train
-from luthier.recipe.document import dump_recipe, recipe_of
+from luthier.recipe.document import Stage, dump_recipe, recipe_of
 from luthier.recipe.keywords import explanation_of, parameters_of
 from luthier.recipe.problems import unknown
+from luthier.recipe.rounds import IterativeDPO
 from luthier.recipe.settings import Settings, settings_from
 from luthier.recipe.stages import STAGE_SETTINGS
 from luthier.recipe.training import SFT, DType, Training
@@ -247,10 +259,16 @@ def _train(model: Model, call: _Call, output: Path) -> Summary:
     folder = output / f"00-{call.word}"
     objective = None if call.objective is None else _counted(call.objective)
     listeners = [_Log(call.word), *call.callbacks]
+    if isinstance(call.settings, IterativeDPO):
+        source, place = str(model.source.folder), output / "model"
+        summary = run_stage(Stage(call.word, call.settings), source, folder, place, listeners, last=True)
+        exchange(model, resolve(str(place), model.source.environment))
+        return summary
     trained = replace(model, tokenizer=call.tokenizer)
     try:
         _, summary = train(call.word, call.settings, trained, folder, callbacks=listeners, objective=objective)
-        settle(model, call.settings, folder, output / "model")
+        settle(trained, call.settings, folder, output / "model")
+        model.network, model.source = trained.network, trained.source
         if trained.tokenizer is not call.tokenizer:  # it got new tokens
             model.tokenizer = trained.tokenizer
     except BaseException:

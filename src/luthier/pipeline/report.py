@@ -22,6 +22,11 @@ from luthier.training.callbacks import Metrics, read_metrics
 __all__ = ["Sample", "write_report"]
 
 _CHARTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
+_HELD_OUT = {
+    "eval_loss": "Held-out loss",
+    "eval_perplexity": "Held-out perplexity",
+    "eval_rewards/accuracies": "Held-out accuracy",
+}
 _NO_CHART = {"step", "epoch", "seconds", "tokens", "loss", "memory_bytes", *_CHARTS}
 
 Rows = list[tuple[str, str]]
@@ -115,9 +120,9 @@ def _result(stages: Sequence[_Stage]) -> str:
     if not begun:
         return "No step is done yet."
     stage, unfinished = begun[-1], not all(stage.done for stage in stages)
-    key, lines = ("eval_perplexity", stage.evaluations) if stage.held_out else ("loss", stage.steps)
-    what = "held-out perplexity" if stage.held_out else "training loss"
-    before, after = lines[0][key], lines[-1][key]
+    key, what = next(reversed(_compared(stage).items())) if stage.held_out else ("loss", "Training loss")
+    lines = stage.evaluations if stage.held_out else stage.steps
+    before, after, what = lines[0][key], lines[-1][key], what[0].lower() + what[1:]
     return (
         f"{'Not finished. ' if unfinished else ''}In {stage.name}, {what} went from {_number(before)} to "
         f"{_number(after)}{_change(before, after, ' ({})')} in {stage.steps[-1]['step']:,} steps and "
@@ -140,8 +145,14 @@ def _cards(stage: _Stage) -> list[_Card]:
     ]
 
 
+def _compared(stage: _Stage) -> dict[str, str]:
+    """What evaluations measured, by name, the most telling last."""
+    measured = stage.evaluations[0] if stage.evaluations else {"eval_perplexity"}
+    return {name: label for name, label in _HELD_OUT.items() if name in measured or name == "eval_loss"}
+
+
 def _held_out_cards(stage: _Stage) -> list[_Card]:
-    names = {"eval_loss": "Held-out loss", "eval_perplexity": "Held-out perplexity"}
+    names = _compared(stage)
     if not stage.held_out:
         missing = f"{len(stage.evaluations)} of 2 evaluations" if stage.evaluations else "nothing was held out"
         return [_Card(label, "not compared", missing) for label in names.values()]

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from luthier.adapters.merge import can_be_merged
@@ -16,17 +17,20 @@ from luthier.errors import CheckpointError
 from luthier.files import write_whole
 from luthier.models.load import Model, load
 from luthier.models.merge import merge_into
+from luthier.models.save import save
 from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import begins_anew, claim, claimed_by, goes_on, has_trained
 from luthier.pipeline.live import store_trained
 from luthier.pipeline.manifest import data_hashes, write_manifest
 from luthier.pipeline.report import write_report
+from luthier.pipeline.rounds import best_round, run_rounds
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Recipe, Stage, dump_recipe
+from luthier.recipe.rounds import IterativeDPO
 from luthier.training.callbacks import Callback
 
-__all__ = ["run_recipe"]
+__all__ = ["run_recipe", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
         last = index == len(recipe.stages) - 1
         destination = output / "model" if last else folder / "model"
         callbacks = listeners(index, stage)
-        summaries.append(_run_stage(stage, source, folder, destination, callbacks, last=last))
+        summaries.append(run_stage(stage, source, folder, destination, callbacks, last=last))
         source = str(destination)
     _describe(output, recipe)
     write_report(output)
@@ -77,18 +81,47 @@ def _forget(output: Path, recipe: Recipe) -> None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _run_stage(
+def run_stage(
     stage: Stage, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback], *, last: bool
 ) -> Summary:
+    """Trains one stage in `folder`, unless that is done, and leaves its model in `destination`.
+
+    last: no stage follows, so that an adapter which cannot be merged may stay beside the model.
+    """
     done, data = folder / "done.json", data_hashes(stage.settings)
     if done.exists():
         _refuse_changed(folder, json.loads(done.read_text(encoding="utf-8")).get("data", {}), data)
         logger.info("%s is done already", folder)
         return Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-    model = load(source, dtype=stage.settings.dtype)
-    _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks, to_be_merged=not last)
-    _hand_over(stage, model, folder, destination)
+    if isinstance(stage.settings, IterativeDPO):
+        summary = _run_rounds(stage.settings, source, folder, destination, callbacks)
+    else:
+        model = load(source, dtype=stage.settings.dtype)
+        _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks, to_be_merged=not last)
+        _hand_over(stage, model, folder, destination)
     write_whole(done, json.dumps({"data": data}, indent=1) + "\n")
+    return summary
+
+
+def _run_rounds(
+    settings: IterativeDPO, source: str, folder: Path, destination: Path, callbacks: Sequence[Callback]
+) -> Summary:
+    """Each round as a stage; the best one's model becomes the stage's, and its files stand beside the others'."""
+
+    def train_round(stage: Stage, source: str, place: Path, model: Path) -> Summary:
+        return run_stage(stage, source, place, model, callbacks, last=False)
+
+    summaries = run_rounds(settings, source, folder, train_round)
+    best = best_round(folder)
+    save(load(str(best / "model")), destination)
+    summary = replace(
+        summaries[int(best.name.removeprefix("round-"))],
+        folder=str(folder),
+        steps=sum(one.steps for one in summaries),
+        seconds=sum(one.seconds for one in summaries),
+        tokens=sum(one.tokens for one in summaries),
+    )
+    write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary
 
 

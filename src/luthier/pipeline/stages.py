@@ -1,35 +1,44 @@
 """STAGES: what each training stage of a recipe computes. Its settings stand in `recipe/stages.py`, row by row."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from luthier.data.batches import TokenBatch
-from luthier.models.score import score
-from luthier.objectives.language import language_modelling
-from luthier.objectives.loss import Loss
-from luthier.training.loop import Objective
+from luthier.pipeline.methods import (
+    Method,
+    contrastive_method,
+    direct_method,
+    feedback_method,
+    identity_method,
+    language_method,
+    odds_ratio_method,
+    reward_method,
+    simple_method,
+)
 
 __all__ = ["STAGES", "StageKind"]
 
 
 @dataclass(frozen=True, slots=True)
 class StageKind:
-    """objective: from the network and a batch to the losses. summary: one line for `luthier --help`."""
+    """method: from the stage's settings to what is computed. summary: one line for `luthier --help`."""
 
-    objective: Objective
+    method: Callable[[Any], Method]
     summary: str
 
 
-def _next_tokens(network: nn.Module, batch: TokenBatch) -> Loss:
-    assert isinstance(network, PreTrainedModel)
-    scores = score(network, batch)
-    weights = batch.weights.to(scores.logprobs.device)
-    return language_modelling(scores.logprobs, weights, scores.entropy)
-
-
 STAGES: dict[str, StageKind] = {
-    "pretrain": StageKind(_next_tokens, "Go on pretraining on plain text, with general text mixed in."),
-    "sft": StageKind(_next_tokens, "Fine-tune on conversations."),
+    "pretrain": StageKind(language_method, "Go on pretraining on plain text, with general text mixed in."),
+    "sft": StageKind(language_method, "Fine-tune on conversations."),
+    "dpo": StageKind(direct_method, "Learn from pairs of answers, against a reference model."),
+    "ipo": StageKind(identity_method, "Learn from pairs of answers, towards a bounded margin."),
+    "kto": StageKind(feedback_method, "Learn from single answers that are desirable or not."),
+    "orpo": StageKind(odds_ratio_method, "Imitate the better answers and avoid the worse, without a reference model."),
+    "simpo": StageKind(simple_method, "Learn from pairs of answers by their mean log-probabilities."),
+    "cpo": StageKind(contrastive_method, "Learn from pairs of answers and imitate the better, without a reference."),
+    "reward": StageKind(reward_method, "Train a reward model on pairs of answers."),
+    "iterative_dpo": StageKind(
+        direct_method, "Sample answers, let a judge rank them, learn from the pairs, and again."
+    ),
+    "rlaif": StageKind(direct_method, "The same with a language model as the judge."),
 }

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from luthier.adapters.base import Adapter
 from luthier.adapters.merge import refuse_unmergeable
 from luthier.data.batches import StepPlan, cut
 from luthier.data.prepare import Prepared
+from luthier.data.sequences import TokenGroup, sequences_of
 from luthier.errors import RecipeError
 from luthier.files import write_whole
 from luthier.models.load import Model
@@ -27,7 +28,9 @@ from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.live import store_adapter
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
+from luthier.pipeline.reference import referred
 from luthier.pipeline.stages import STAGES
+from luthier.recipe.preference import Reference
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
 from luthier.training.checkpoints import Checkpoints
@@ -82,6 +85,8 @@ def train(
     adapters = prepare_network(settings, model)
     if to_be_merged:
         refuse_unmergeable(adapters)
+    if isinstance(settings, Reference) and settings.cache_reference:
+        prepared = _with_reference(settings, model, prepared, folder, tokens)
     run = make_run(
         word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters, micro_batch_tokens=tokens
     )
@@ -111,10 +116,14 @@ def make_run(
     listeners: list[Callback] = [MetricsFile(folder / "metrics.jsonl"), *callbacks]
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
+    method = STAGES[word].method(settings)
     return Run(
         state=fresh_state(settings, model),
         plan=StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps),
-        objective=STAGES[word].objective,
+        objective=method.objective,
+        prepare=method.prepare,
+        measure=method.measure,
+        guard=method.guard,
         settings=settings,
         micro_batch_tokens=micro_batch_tokens,
         checkpoints=Checkpoints(
@@ -133,11 +142,26 @@ def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
     digest.update(weights_hash(model.source.folder).encode())
     for part in (prepared.train, prepared.evaluation):
         digest.update(f"{len(part)} sequences".encode())
-        for sequence in part:
-            digest.update(f"{len(sequence.token_ids)} tokens".encode())
-            digest.update(sequence.token_ids.tobytes())
-            digest.update(sequence.trained.tobytes())
+        for item in part:
+            if isinstance(item, TokenGroup):
+                digest.update(f"{len(item.sequences)} answers {item.scores} {item.desirable}".encode())
+            for sequence in sequences_of([item]):
+                digest.update(f"{len(sequence.token_ids)} tokens".encode())
+                digest.update(sequence.token_ids.tobytes())
+                digest.update(sequence.trained.tobytes())
     return digest.hexdigest()
+
+
+def _with_reference(settings: Training, model: Model, prepared: Prepared, folder: Path, tokens: int) -> Prepared:
+    """The data with what the reference model says of all that will be seen."""
+    assert isinstance(settings, Reference)
+    plan = StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
+    seen = {id(item) for step in range(plan.num_steps) for item in plan.step(step)}
+    wanted = [item for item in prepared.train if id(item) in seen]
+    found = referred([*wanted, *prepared.evaluation], model, folder, name=settings.reference, micro_batch_tokens=tokens)
+    by_item = dict(zip(map(id, wanted), found, strict=False))
+    train = [by_item.get(id(item), item) for item in prepared.train]
+    return replace(prepared, train=train, evaluation=found[len(wanted) :])
 
 
 def _micro_batch_tokens(word: str, settings: Training, model: Model, prepared: Prepared, folder: Path) -> int:
@@ -168,7 +192,7 @@ def _resume_or_rehearse(run: Run, prepared: Prepared) -> None:
         return
     largest = largest_micro_batch(run.settings, prepared, run.micro_batch_tokens)
     torch.manual_seed(0)
-    step_gradients(run.state.network, [largest], run.objective)
+    step_gradients(run.state.network, run.prepared([largest]), run.objective)
     run.state.optimizer.zero_grad(set_to_none=True)
 
 

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from luthier.adapters.inject import adapter_parameters
 from luthier.data.batches import StepPlan, TokenBatch, collate, cut
-from luthier.data.sequences import TokenSequence
+from luthier.data.sequences import Item
 from luthier.errors import VerificationError
 from luthier.models.load import Model, load
+from luthier.pipeline.methods import Method
 from luthier.pipeline.prepare import prepare_data, prepare_network
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.document import Recipe
+from luthier.recipe.preference import Reference
 from luthier.recipe.training import Training
 from luthier.training.loop import Objective, step_gradients
 
@@ -68,25 +70,27 @@ def verify_loss(recipe: Recipe, *, num_sequences: int = 8, objective: Objective 
     stage's own. Raises VerificationError if a gradient differs by more than GRADIENT_BOUND.
     """
     stage = recipe.stages[0]
-    settings = stage.settings.model_copy(update={"dtype": "fp32"})
+    live = {"cache_reference": False} if isinstance(stage.settings, Reference) else {}
+    settings = stage.settings.model_copy(update={"dtype": "fp32", **live})
     model = load(recipe.model, dtype="fp32")
-    sequences = _sequences(settings, model, num_sequences)
+    items = _items(settings, model, num_sequences)
     prepare_network(settings, model)
     _perturb(model.network, settings.seed)
     model.network.double().eval()
-    proof = _measure(model.network, sequences, objective or STAGES[stage.word].objective)
+    method = STAGES[stage.word].method(settings) if objective is None else Method(objective)
+    proof = _measure(model.network, items, method)
     _check(proof)
     return proof
 
 
-def _sequences(settings: Training, model: Model, wanted: int) -> list[TokenSequence]:
+def _items(settings: Training, model: Model, wanted: int) -> list[Item]:
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_data(settings, model, Path(folder))
-    usable = [s for s in prepared.train if s.num_trained]
-    sequences = StepPlan(usable, wanted, epochs=1, seed=settings.seed).step(0)
-    if len(sequences) < 2:
+    usable = [item for item in prepared.train if item.num_trained]
+    items = StepPlan(usable, wanted, epochs=1, seed=settings.seed).step(0)
+    if len(items) < 2:
         raise VerificationError("one sequence cannot be cut in several ways; give at least two rows and two sequences")
-    return sequences
+    return items
 
 
 @torch.no_grad()
@@ -97,23 +101,23 @@ def _perturb(network: nn.Module, seed: int) -> None:
             parameter.copy_(_PERTURBATION * torch.randn(parameter.shape, generator=generator))
 
 
-def _measure(network: nn.Module, sequences: Sequence[TokenSequence], objective: Objective) -> LossProof:
-    half = len(sequences) // 2
-    singles = cut(sequences, None, packing=False)
+def _measure(network: nn.Module, items: Sequence[Item], method: Method) -> LossProof:
+    half = len(items) // 2
+    singles = cut(items, None, packing=False)
     ways = {
-        "two micro-batches": [collate(sequences[:half]), collate(sequences[half:])],
+        "two micro-batches": [collate(items[:half]), collate(items[half:])],
         "one sequence each": singles,
-        "in reverse order": [collate(sequences[::-1])],
+        "in reverse order": [collate(items[::-1])],
     }
-    whole = collate(sequences)
-    loss, reference = _gradient(network, [whole], objective)
+    whole = collate(items)
+    loss, reference = _gradient(network, [whole], method)
     cuts = [CutResult("whole", 1, loss, 0.0)]
     for name, batches in ways.items():
-        loss, gradient = _gradient(network, batches, objective)
+        loss, gradient = _gradient(network, batches, method)
         cuts.append(CutResult(name, len(batches), loss, _difference(gradient, reference)))
-    loss, gradient = _averaged(network, singles, objective)
+    loss, gradient = _averaged(network, singles, method)
     return LossProof(
-        num_sequences=len(sequences),
+        num_sequences=len(items),
         num_tokens=whole.num_tokens,
         num_trained_tokens=whole.count("tokens"),
         cuts=tuple(cuts),
@@ -121,18 +125,24 @@ def _measure(network: nn.Module, sequences: Sequence[TokenSequence], objective: 
     )
 
 
-def _gradient(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> tuple[float, Gradient]:
+def _loss(network: nn.Module, batches: Sequence[TokenBatch], method: Method) -> float:
+    """Of one step; its gradient is added to the parameters."""
+    prepared = batches if method.prepare is None else method.prepare(network, batches)
+    return step_gradients(network, prepared, method.objective)["loss"]
+
+
+def _gradient(network: nn.Module, batches: Sequence[TokenBatch], method: Method) -> tuple[float, Gradient]:
     network.zero_grad(set_to_none=True)
-    loss = step_gradients(network, batches, objective)["loss"]
+    loss = _loss(network, batches, method)
     gradient = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
     network.zero_grad(set_to_none=True)
     return loss, gradient
 
 
-def _averaged(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> tuple[float, Gradient]:
+def _averaged(network: nn.Module, batches: Sequence[TokenBatch], method: Method) -> tuple[float, Gradient]:
     """The mistake: each micro-batch divides by its own units, and the results are averaged."""
     network.zero_grad(set_to_none=True)
-    losses = [step_gradients(network, [batch], objective)["loss"] for batch in batches]
+    losses = [_loss(network, [batch], method) for batch in batches]
     gradient = {name: p.grad / len(batches) for name, p in network.named_parameters() if p.grad is not None}
     network.zero_grad(set_to_none=True)
     return sum(losses) / len(batches), gradient

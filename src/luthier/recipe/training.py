@@ -15,7 +15,7 @@ from luthier.recipe.adapters import AdapterSettings, LoRA
 from luthier.recipe.problems import Problem, Problems
 from luthier.recipe.settings import Count, Names, Settings, Share, Word
 
-__all__ = ["SFT", "DType", "Format", "OnError", "Pretrain", "Seed", "Tracker", "Training"]
+__all__ = ["SFT", "DType", "Format", "OnChats", "OnError", "Pretrain", "Seed", "Tracker", "Training", "usual_rate"]
 
 DType = Literal["bf16", "fp32"]
 Format = Literal["alpaca", "messages", "prompt_completion", "question_answer", "sharegpt", "text"]
@@ -28,8 +28,8 @@ _Positive = Annotated[float, Gt(0)]
 _ShareOfTokens = Annotated[float, Gt(0), Lt(1)]
 
 
-def _rate(*, adapter: float, full: float) -> Callable[[dict[str, Any]], float]:
-    """adapter: what LoRA learns with; other types learn with a multiple of it."""
+def usual_rate(*, adapter: float, full: float) -> Callable[[dict[str, Any]], float]:
+    """The default of a learning rate. adapter: what LoRA learns with; other types learn with a multiple of it."""
 
     def usual(fields: dict[str, Any]) -> float:
         chosen = fields.get("adapter", LoRA())
@@ -57,7 +57,7 @@ class Training(Settings):
     eval_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The share of the rows in `data` that is held out to evaluate on, chosen by the seed."""
 
-    format: Format | None = None
+    format: Word | None = None
     """The format of the rows; recognised from the columns where it is not named."""
 
     columns: dict[Word, Word] = Field(default={})
@@ -97,10 +97,10 @@ class Training(Settings):
     packing: bool = True
     """Lays sequences end to end in one stream without padding; off computes each by itself: slower, the same result."""
 
-    train_on: Literal["all", "assistant", "last"] = "assistant"
-    """Which tokens are learned: all turns of the assistant, its last turn, or everything."""
+    train_on: Word = "assistant"
+    """Which tokens are learned."""
 
-    learning_rate: _Positive = Field(default_factory=_rate(adapter=2e-4, full=2e-5))
+    learning_rate: _Positive = Field(default_factory=usual_rate(adapter=2e-4, full=2e-5))
     """The highest learning rate; by default 2e-4 with LoRA, more with adapters that are smaller, 2e-5 without."""
 
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
@@ -168,17 +168,27 @@ class Training(Settings):
         return self
 
 
-class SFT(Training):
-    """Supervised fine-tuning on conversations."""
-
-    output: Word = "runs/sft"
-    """The folder of the run: metrics, checkpoints, adapter, model and report."""
+class OnChats(Training):
+    """What stages that learn from conversations share."""
 
     chat_template: Word | None = None
     """A Jinja file that replaces the model's chat template, in training and in what is saved."""
 
     on_long: Literal["drop", "error", "truncate"] = "drop"
     """What happens to a conversation over max_length: dropped and counted, the run stopped, or its end cut off."""
+
+
+class SFT(OnChats):
+    """Supervised fine-tuning on conversations."""
+
+    output: Word = "runs/sft"
+    """The folder of the run: metrics, checkpoints, adapter, model and report."""
+
+    format: Format | None = None
+    """The format of the rows; recognised from the columns where it is not named."""
+
+    train_on: Literal["all", "assistant", "last"] = "assistant"
+    """Which tokens are learned: all turns of the assistant, its last turn, or everything."""
 
 
 class Pretrain(Training):
@@ -199,7 +209,7 @@ class Pretrain(Training):
     train_on: Literal["all"] = "all"
     """Which tokens are learned: of plain text, all."""
 
-    learning_rate: _Positive = Field(default_factory=_rate(adapter=1e-4, full=1e-5))
+    learning_rate: _Positive = Field(default_factory=usual_rate(adapter=1e-4, full=1e-5))
     """The highest learning rate; by default 1e-4 with LoRA, more with adapters that are smaller, 1e-5 without."""
 
     @model_validator(mode="after")

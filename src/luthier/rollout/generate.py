@@ -15,7 +15,7 @@ from luthier.data.masks import encode_prompt
 from luthier.data.templates import stop_token_ids
 from luthier.models.load import Model
 
-__all__ = ["Sampling", "answer", "answers"]
+__all__ = ["Sampling", "answer", "answers", "samples"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,20 @@ class Sampling:
 
 def answer(model: Model, chat: Chat, sampling: Sampling) -> str:
     """The assistant's next turn."""
+    return samples(model, chat, sampling, 1)[0]
+
+
+def samples(model: Model, chat: Chat, sampling: Sampling, count: int) -> list[str]:
+    """So many next turns of the assistant, drawn together."""
     prompt = encode_prompt(chat, model.tokenizer)
     stops = stop_token_ids(model.tokenizer)
-    ids = _generate(model, prompt, sampling, stops)
-    while ids and ids[-1] in stops:
-        ids = ids[:-1]
-    text: str = model.tokenizer.decode(ids)
+    return [_text(model, ids, stops) for ids in _generate(model, prompt, sampling, stops, count)]
+
+
+def _text(model: Model, ids: list[int], stops: set[int]) -> str:
+    """What stands before the first token that ends the turn."""
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text: str = model.tokenizer.decode(ids[:end])
     return text.strip()
 
 
@@ -46,7 +54,7 @@ def answers(model: Model, chats: list[Chat], sampling: Sampling) -> Iterator[str
 
 
 @torch.inference_mode()
-def _generate(model: Model, prompt: list[int], sampling: Sampling, stops: set[int]) -> list[int]:
+def _generate(model: Model, prompt: list[int], sampling: Sampling, stops: set[int], count: int) -> list[list[int]]:
     sampled = sampling.temperature > 0
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -56,12 +64,12 @@ def _generate(model: Model, prompt: list[int], sampling: Sampling, stops: set[in
         **({"temperature": sampling.temperature, "top_p": sampling.top_p} if sampled else {}),
     )
     torch.manual_seed(sampling.seed)
-    inputs = torch.tensor([prompt], device=model.device)
+    inputs = torch.tensor([prompt] * count, device=model.device)
     was_training = model.network.training
     model.network.eval()
     try:
         output = model.network.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
     finally:
         model.network.train(was_training)
-    generated: list[int] = output[0, len(prompt) :].tolist()
+    generated: list[list[int]] = output[:, len(prompt) :].tolist()
     return generated

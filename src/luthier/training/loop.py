@@ -8,7 +8,8 @@ No number is read from the device before the optimizer's step is on its way.
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,18 +28,26 @@ from luthier.training.optimizers import step_if_finite
 from luthier.training.schedules import learning_rate_at
 from luthier.training.state import TrainState
 
-__all__ = ["Objective", "Run", "evaluate_loss", "fit", "step_gradients"]
+__all__ = ["Guard", "Measure", "Objective", "Preparation", "Run", "evaluate_loss", "fit", "step_gradients"]
 
 logger = logging.getLogger(__name__)
 
 Objective = Callable[[nn.Module, TokenBatch], Loss]
+Preparation = Callable[[nn.Module, Sequence[TokenBatch]], list[TokenBatch]]
+"""What an objective needs of all micro-batches of a step before the first of them, such as a baseline."""
+Measure = Callable[[nn.Module, Sequence[TokenBatch]], dict[str, float]]
+Guard = Callable[[dict[str, float]], str | None]
 
 _MAX_SKIPPED_IN_A_ROW = 3
 
 
 @dataclass
 class Run:
-    """All that one training is made of. eval_batches: what is evaluated on, cut already; empty for none."""
+    """All that one training is made of. eval_batches: what is evaluated on, cut already; empty for none.
+
+    prepare: gives a step's micro-batches, or those of an evaluation, what the objective wants of all of them. measure:
+    what an evaluation tells besides the objective's metrics. guard: of what it told, why the training has to end.
+    """
 
     state: TrainState
     plan: StepPlan
@@ -49,10 +58,17 @@ class Run:
     eval_batches: Sequence[TokenBatch] = ()
     callbacks: Sequence[Callback] = ()
     adapters: Sequence[Adapter] = ()
+    prepare: Preparation | None = None
+    measure: Measure | None = None
+    guard: Guard | None = None
 
     def cut(self, step: int) -> list[TokenBatch]:
         """The micro-batches of a step, counted from 0."""
         return cut(self.plan.step(step), self.micro_batch_tokens, packing=self.settings.packing)
+
+    def prepared(self, batches: Sequence[TokenBatch]) -> Sequence[TokenBatch]:
+        """The micro-batches with what the objective wants."""
+        return batches if self.prepare is None else self.prepare(self.state.network, batches)
 
 
 def fit(run: Run) -> Metrics:
@@ -84,7 +100,7 @@ def train_step(run: Run) -> Metrics:
     torch.manual_seed(_mixed(run.settings.seed, progress.step))  # dropout's draws belong to the step
     step = Step(progress.step, num_steps, run.settings.seed)
     before_step(run.adapters, step)
-    measured = _add_gradients(run.state.network, micro_batches, run.objective)
+    measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective)
     measured |= _add_penalty(run.adapters)
     rate = learning_rate_at(progress.step, num_steps, run.settings)
     measured["grad_norm"] = _optimize(run.state, rate, run.settings.max_grad_norm)
@@ -124,9 +140,13 @@ def _add_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], obje
         num_units = sum(other.count(loss.unit) for other in micro_batches)
         mean = loss.per_unit.sum() / num_units
         mean.backward()
-        for name, value in {"loss": mean.detach(), **{k: v / num_units for k, v in loss.metrics.items()}}.items():
-            totals[name] = totals[name] + value if name in totals else value
+        _add_up(totals, {"loss": mean.detach(), **loss.kept})
     return totals
+
+
+def _add_up(totals: dict[str, Tensor], further: dict[str, Tensor]) -> None:
+    for name, value in further.items():
+        totals[name] = totals[name] + value if name in totals else value
 
 
 def _add_penalty(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -139,7 +159,13 @@ def _add_penalty(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
 
 
 def _read(measured: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in measured.items()}
+    """Numbers as they are, and sums with their number as means; what nothing was measured of is left out."""
+    read: dict[str, float] = {}
+    for name, value in measured.items():
+        total, number = value.tolist() if value.ndim else (float(value), 1.0)
+        if number:
+            read[name] = total / number
+    return read
 
 
 def _optimize(state: TrainState, rate: float, max_grad_norm: float | None) -> Tensor:
@@ -169,19 +195,36 @@ def _count_or_skip(run: Run, grad_norm: float, step: Step) -> None:
         )
 
 
-@torch.no_grad()
 def evaluate_loss(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> float:
     """The mean loss a unit over all batches, without dropout. Raises TrainingError where nothing is trained in them."""
-    if not any(batch.count("tokens") for batch in batches):
-        raise TrainingError("no sequence to evaluate on has a trained token; look at it with `luthier data preview`")
+    return _evaluated(network, batches, objective)["loss"]
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout and without gradients."""
     was_training = network.training
     network.eval()
     try:
-        losses = [objective(network, batch) for batch in batches if batch.count("tokens")]
-        num_units = sum(len(loss.per_unit) for loss in losses)
-        return float(sum(loss.per_unit.double().sum() for loss in losses)) / num_units
+        with torch.no_grad():
+            yield
     finally:
         network.train(was_training)
+
+
+def _evaluated(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
+    """The mean loss a unit, the perplexity where the unit is the token, and the metrics, over all batches."""
+    if not any(batch.count("tokens") for batch in batches):
+        raise TrainingError("no sequence to evaluate on has a trained token; look at it with `luthier data preview`")
+    with _evaluating(network):
+        losses = [objective(network, batch) for batch in batches if batch.count("tokens")]
+    num_units = sum(len(loss.per_unit) for loss in losses)
+    totals: dict[str, Tensor] = {}
+    for loss in losses:
+        _add_up(totals, loss.kept)
+    mean = float(sum(loss.per_unit.double().sum() for loss in losses)) / num_units
+    perplexity = {"perplexity": math.exp(min(mean, 700.0))} if losses[0].unit == "tokens" else {}
+    return {"loss": mean, **perplexity, **_read(totals)}
 
 
 def _evaluate_and_save(run: Run, *, last: bool) -> None:
@@ -191,22 +234,43 @@ def _evaluate_and_save(run: Run, *, last: bool) -> None:
         best = _evaluate(run)
     if run.checkpoints and (last or best or progress.early_stopped or _due(run, settings.save_every)):
         run.checkpoints.save(run.state, best=best)
+        if progress.stopped_by:
+            _go_back(run)
+
+
+def _go_back(run: Run) -> None:
+    """The best weights so far, after a guard has ended the training; that it ended stays in its progress."""
+    assert run.checkpoints is not None
+    progress, best = run.state.progress, run.checkpoints.best()
+    if best is not None:
+        run.checkpoints.load(best, run.state)
+        logger.warning("going back to the best checkpoint, %s", best.name)
+    run.state.progress = progress
 
 
 def _evaluate(run: Run) -> bool:
-    """Measures the evaluation loss; returns whether it is the best so far, which one that is not finite never is."""
+    """Measures the evaluation loss; returns whether it is the best so far, which one that is not finite never is, nor
+    one that a guard refuses.
+    """
     started, progress = time.perf_counter(), run.state.progress
-    loss = evaluate_loss(run.state.network, run.eval_batches, run.objective)
-    best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
+    batches = run.prepared(run.eval_batches)
+    measured = _evaluated(run.state.network, batches, run.objective)
+    if run.measure is not None:
+        with _evaluating(run.state.network):
+            measured |= run.measure(run.state.network, batches)
+    loss = measured["loss"]
+    progress.stopped_by = None if run.guard is None else run.guard(measured)
+    best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss) and not progress.stopped_by
     progress.best_loss = loss if best else progress.best_loss
     progress.stale_evaluations = 0 if best else progress.stale_evaluations + 1
     patience = run.settings.early_stopping
-    progress.early_stopped = patience is not None and progress.stale_evaluations >= patience
+    stale = patience is not None and progress.stale_evaluations >= patience
+    progress.early_stopped = stale or progress.stopped_by is not None
+    if progress.stopped_by:
+        logger.warning("step %d: %s; the training ends", progress.step, progress.stopped_by)
     seconds = time.perf_counter() - started
-    _tell(
-        run,
-        {"step": progress.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "seconds": seconds},
-    )
+    told = {f"eval_{name}": value for name, value in measured.items()}
+    _tell(run, {"step": progress.step, **told, "seconds": seconds})
     return best
 
 

@@ -18,7 +18,9 @@ __all__ = ["Progress", "TrainState"]
 
 @dataclass
 class Progress:
-    """Numbers that go on counting. best_loss: of the evaluations so far. stale_evaluations: since it last fell."""
+    """Numbers that go on counting. best_loss: of the evaluations so far. stale_evaluations: since it last fell.
+    stopped_by: what a guard said when it ended the training.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -26,6 +28,7 @@ class Progress:
     stale_evaluations: int = 0
     skipped_steps: int = 0
     early_stopped: bool = False
+    stopped_by: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,0 +1,154 @@
+"""The reference model's log-probabilities of answers, which preference losses compare with.
+
+They are numbers of the data and of the model before its first step, so they are computed once, with the adapter
+switched off or before any weight has changed, and kept in the stage's folder. A second copy of the weights is there
+only while another model is the reference that a recipe names.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from luthier.adapters.inject import adapted_layers
+from luthier.adapters.switch import adapters_off
+from luthier.data.batches import TokenBatch, collate, pack
+from luthier.data.sequences import Item, TokenGroup
+from luthier.errors import CheckpointError, RecipeError
+from luthier.files import replacing
+from luthier.models.fuse import fuse
+from luthier.models.load import Model, load
+from luthier.models.score import score
+
+__all__ = ["answer_logprobs", "placeholders", "referred", "with_reference"]
+
+logger = logging.getLogger(__name__)
+
+_FILE = "reference.safetensors"
+
+
+def answer_logprobs(network: nn.Module, batch: TokenBatch) -> Tensor:
+    """log p of each sequence's targets, summed, [sequences], in nats, differentiable."""
+    assert isinstance(network, PreTrainedModel)
+    pieces = score(network, batch).logprobs.split(list(batch.target_counts))
+    return torch.stack([piece.sum() for piece in pieces])
+
+
+def with_reference(network: nn.Module, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """The batches with the log-probabilities that the network gives without its adapters."""
+    with _as_reference(network):
+        return [_referred_batch(network, batch) for batch in batches]
+
+
+def referred(
+    items: Sequence[Item], model: Model, folder: Path, *, name: str | None, micro_batch_tokens: int
+) -> list[Item]:
+    """The groups with the reference's log-probabilities, read from the stage's folder, or computed and kept there.
+
+    name: of another model than the given one, which is loaded for the while. Raises RecipeError where its tokens are
+    others, CheckpointError where the file in the folder cannot be read.
+    """
+    groups = [item for item in items if isinstance(item, TokenGroup)]
+    key = _key(groups, model, name)
+    values = _read(folder / _FILE, key)
+    if values is None:
+        logger.info("log-probabilities of %d answers by the reference model", sum(len(g.sequences) for g in groups))
+        values = _computed(groups, model, name, micro_batch_tokens)
+        _write(folder / _FILE, key, values)
+    remaining = iter(values.tolist())
+    return [_filled(group, remaining) for group in groups]
+
+
+def placeholders(batch: TokenBatch) -> TokenBatch:
+    """The batch with zeros for what a reference model says of it: for memory plans."""
+    other = batch.mismatched
+    zeros = torch.zeros(batch.count("sequences"))
+    return replace(
+        batch, reference=zeros, baseline=zeros.sum(), mismatched=None if other is None else placeholders(other)
+    )
+
+
+def _referred_batch(network: nn.Module, batch: TokenBatch) -> TokenBatch:
+    device = next(network.parameters()).device
+    batch = batch.to(device)
+    other = None if batch.mismatched is None else _referred_batch(network, batch.mismatched)
+    return replace(batch, reference=answer_logprobs(network, batch), mismatched=other)
+
+
+@contextmanager
+def _as_reference(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad(), adapters_off(network) if adapted_layers(network) else nullcontext():
+            yield
+    finally:
+        network.train(was_training)
+
+
+def _computed(groups: Sequence[TokenGroup], model: Model, name: str | None, micro_batch_tokens: int) -> Tensor:
+    """One number a sequence, a group's mismatched one after its own, in the groups' order."""
+    network = model.network if name is None else _other(name, model)
+    everything = [_with_mismatched(group) for group in groups]
+    found: list[Tensor] = [torch.empty(0)] * len(groups)
+    with _as_reference(network):
+        for members in pack([len(group) for group in everything], micro_batch_tokens):
+            batch = collate([everything[i] for i in members])
+            logprobs = answer_logprobs(network, batch).float().cpu()
+            pieces = logprobs.split([len(everything[i].sequences) for i in members])
+            for i, piece in zip(members, pieces, strict=True):
+                found[i] = piece
+    return torch.cat(found)
+
+
+def _with_mismatched(group: TokenGroup) -> TokenGroup:
+    """The group with its mismatched answer among its sequences, since it begins with the same prompt."""
+    return group if group.mismatched is None else TokenGroup((*group.sequences, group.mismatched))
+
+
+def _other(name: str, model: Model) -> PreTrainedModel:
+    other = load(name, dtype="bf16" if model.dtype == torch.bfloat16 else "fp32", device=model.device)
+    if other.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise RecipeError(f"reference: {name} has other tokens than {model.source.name}; name one of its family")
+    fuse(other.network)
+    return other.network
+
+
+def _filled(group: TokenGroup, values: Iterator[float]) -> TokenGroup:
+    own = tuple(next(values) for _ in group.sequences)
+    return replace(group, reference=own, mismatched_reference=None if group.mismatched is None else next(values))
+
+
+def _key(groups: Sequence[TokenGroup], model: Model, name: str | None) -> str:
+    """What decides the numbers: the tokens, the model and its type."""
+    digest = hashlib.sha256(f"{name} {model.source.weights_hash} {model.dtype}".encode())
+    for group in groups:
+        for sequence in _with_mismatched(group).sequences:
+            digest.update(sequence.token_ids.tobytes())
+            digest.update(sequence.trained.tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str) -> Tensor | None:
+    """What the file holds, None where there is none or it is of other data."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("logprobs") if (file.metadata() or {}).get("key") == key else None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); delete it, and it is computed anew") from error
+
+
+def _write(path: Path, key: str, values: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        save_file({"logprobs": values}, beside, metadata={"key": key})
