@@ -11,9 +11,9 @@ def test_each_token_costs_its_negative_logprob_times_its_weight() -> None:
     assert loss.unit == "tokens"
 
 
-def test_metrics_are_sums_that_the_loop_divides() -> None:
+def test_entropy_is_told_as_a_sum_and_how_many_tokens_it_is_of() -> None:
     loss = language_modelling(torch.zeros(2), torch.ones(2), torch.tensor([0.25, 0.5]))
-    assert {name: float(value) for name, value in loss.metrics.items()} == {"entropy": 0.75}
+    assert {name: value.tolist() for name, value in loss.kept.items()} == {"entropy": [0.75, 2.0]}
 
 
 def test_the_gradient_is_minus_the_weight() -> None:
