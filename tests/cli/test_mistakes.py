@@ -141,9 +141,12 @@ def test_a_folder_with_another_recipes_run_is_refused(place: Path, capsys: pytes
 
 
 def started(*arguments: str, limit_bytes: int | None = None) -> subprocess.Popen[str]:
-    """The command in a process of its own, which can write no file that is longer than the limit."""
+    """The command in a process of its own, which can write no file that is longer than the limit. It hears Ctrl-C also
+    where the tests run in a script's background, which does not.
+    """
 
     def limit() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if limit_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
@@ -156,11 +159,14 @@ def test_ctrl_c_ends_a_run_in_one_sentence_and_keeps_what_it_saved(place: Path) 
     recipe = Path("recipe.yaml")
     recipe.write_text(recipe.read_text().replace("max_steps: 2", "epochs: 9999, save_every: 2"))
     run, saved = started("run", "recipe.yaml"), place / "run" / "00-sft" / "checkpoints" / "last" / "progress.json"
-    while not saved.exists():
-        assert run.poll() is None
-        time.sleep(0.02)
-    run.send_signal(signal.SIGINT)
-    _, error = run.communicate(timeout=60)
+    try:
+        while not saved.exists():
+            assert run.poll() is None
+            time.sleep(0.02)
+        run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == 130
     assert "Traceback" not in error
     assert error.splitlines()[-1] == "luthier: interrupted; run the same command again to go on"

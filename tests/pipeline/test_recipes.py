@@ -13,9 +13,11 @@ from luthier.models.load import load
 from luthier.pipeline.run import run_recipe
 from luthier.recipe import Recipe, load_recipe
 from luthier.recipe.adapters import AdapterFusion, Bottleneck
+from luthier.recipe.stages import STAGE_SETTINGS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "adapters").glob("*.yaml"))
+ALIGNMENT = sorted((ROOT / "recipes" / "alignment").glob("*.yaml"))
 STAY_BESIDE = {"bitfit", "bottleneck", "fusion", "prefix", "prompt"}
 
 
@@ -74,3 +76,30 @@ def test_a_recipe_trains_and_leaves_a_model_or_an_adapter(
 def test_every_type_has_a_recipe() -> None:
     recipes = [load_recipe(path).stages[0].settings.adapter for path in RECIPES]
     assert {adapter.type for adapter in recipes if adapter} == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("path", ALIGNMENT, ids=lambda path: path.stem)
+def test_a_recipe_of_preferences_trains_and_leaves_a_model(
+    path: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [{"prompt": f"{i}?", "chosen": f"{i}{i}.", "rejected": "No."} for i in range(24)]
+    rows = [{"question": pair["prompt"], "answer": pair["chosen"]} for pair in pairs]
+    verdicts = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2} for i, p in enumerate(pairs)]
+    for name, made in (("rows", rows), ("pairs", pairs), ("verdicts", verdicts), ("prompts", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    (tmp_path / "judge.py").write_text("def score(prompt, answer, row):\n    return -len(answer)\n")
+    monkeypatch.chdir(tmp_path)
+    small = {"max_steps": 2, "batch_size": 4, "dtype": "fp32"}
+    in_rounds = {"prompts_per_round": 4, "eval_prompts": 2, "max_new_tokens": 6, "rounds": 1}
+    stages = []
+    for stage in load_recipe(path).stages:
+        further = in_rounds if stage.word in ("iterative_dpo", "rlaif") else {}
+        stages.append({stage.word: _said(stage.settings.model_copy(update={**small, **further}))})
+    summaries = run_recipe(Recipe.model_validate({"model": base, "output": "run", "dtype": "fp32", "stages": stages}))
+    assert all(summary.steps > 0 for summary in summaries)
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_every_stage_of_preferences_has_a_recipe() -> None:
+    words = {stage.word for path in ALIGNMENT for stage in load_recipe(path).stages}
+    assert words | {"pretrain", "rlaif"} == set(STAGE_SETTINGS)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.data.conversations import text_of
 from luthier.data.examples import Chat, Prompt
 from luthier.data.reading import read_examples
 from luthier.data.writing import write_examples
@@ -125,11 +126,12 @@ class _Rounds:
         count = self.settings.prompts_per_round
         prompts = [self.prompts[0][i % len(self.prompts[0])] for i in range(number * count, (number + 1) * count)]
         answers = self._answers(source, list({id(p): p for p in prompts}.values()), self.settings.num_answers, number)
-        ranked, report = rank(self.judge, [Candidates(p.messages, a, p.tools, p.row) for p, a in answers])
+        ranked, report = rank(self.judge, _candidates(answers))
         preferences = [one.preference for one in ranked if one.preference is not None]
         if not preferences:
+            why = ", ".join(f"{reason} {count}" for reason, count in Counter(one.reason for one in ranked).items())
             raise TrainingError(
-                f"round {number}: the judge prefers no answer ({report}); raise temperature, or ask another"
+                f"round {number}: no answer is preferred ({why}); raise temperature, or ask another judge"
             )
         unpaired = dict(Counter(one.reason for one in ranked if one.preference is None))
         counts = {"prompts": len(ranked), "pairs": len(preferences), "unpaired": unpaired, "judged": str(report)}
@@ -177,6 +179,23 @@ class _Rounds:
             chat = Chat(prompt.messages, prompt.tools)
             found.append((prompt, tuple(samples(model, chat, replace(sampling, seed=seed), count))))
         return found
+
+
+def _candidates(answered: Sequence[tuple[Prompt, tuple[str, ...]]]) -> list[Candidates]:
+    """Without answers that nobody could learn from."""
+    return [
+        Candidates(prompt.messages, tuple(filter(_can_be_learned, answers)), prompt.tools, prompt.row)
+        for prompt, answers in answered
+    ]
+
+
+def _can_be_learned(answer: str) -> bool:
+    """Whether it would be read from a file: it is not empty, and holds no NUL and no half of a character."""
+    try:
+        text_of("an answer", answer)
+    except DataError:
+        return False
+    return True
 
 
 def _read(settings: IterativeDPO, patterns: str | Sequence[str]) -> list[Prompt]:
