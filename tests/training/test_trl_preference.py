@@ -297,13 +297,19 @@ def named_as_ours(name: str) -> str:
 def test_losses_of_feedback_equal_trls(
     loss_type: str, turned: bool, policy: Path, chat_model: Path, trainer_of: MakeTrainer
 ) -> None:
-    """With TRL's mismatched answers. Policy and reference change places, so that the baseline is once cut off at 0."""
+    """With TRL's mismatched answers. Policy and reference change places, so that once the baseline is cut off at 0; our
+    step is cut in two, whose baseline is of both.
+    """
     start, reference = (chat_model, policy) if turned else (policy, chat_model)
     settings = {"loss_type": loss_type, "beta": 0.5, "desirable_weight": 1.1, "undesirable_weight": 0.7}
     trainer = trainer_of("KTO", network_in(start), FEEDBACK, settings, ref_model=network_in(reference))
     groups = feedback_of(collated(trainer))
-    ours = our_step(fused_network(start), "kto", settings, groups, reference=fused_network(reference))
-    theirs = trl_step(trainer)
+    network, other = fused_network(start), fused_network(reference)
+    ours, theirs = (
+        our_step(network, "kto", settings, groups, reference=other, micro_batch_tokens=150),
+        trl_step(trainer),
+    )
+    assert len(cut(groups, 150)) == 2
     assert (theirs.told["kl"] > 0) == (loss_type == "kto" and turned)
     hold_equal(ours, theirs, ("rewards/chosen", "rewards/rejected", *LOGPS, "kl"))
 
