@@ -22,7 +22,7 @@ from luthier.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Conversation", "conversation_of", "render", "stop_token_ids"]
+__all__ = ["Conversation", "conversation_of", "encode_whole", "render", "stop_token_ids"]
 
 _ROLES = ("system", "user", "assistant", "tool")
 _CALL_ID_LENGTH = 9  # the only length that Mistral's template accepts
@@ -46,12 +46,20 @@ class Conversation:
 
 
 def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False) -> str:
-    """The conversation as text, for reading. Token ids come from `encode_prompt` and `encode_chat`, never from this.
+    """The conversation as text, for reading. Token ids come from the functions that encode, never from this.
 
     Raises TemplateError if the template refuses the conversation.
     """
     conversation = conversation_of(chat, tokenizer)
     return conversation.render(conversation.turns, generation=add_generation_prompt).replace(CUT, "")
+
+
+def encode_whole(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of the conversation as the template writes it, with what it sets behind the last turn: what a
+    reward model reads. Raises TemplateError if the template refuses the conversation.
+    """
+    conversation = conversation_of(chat, tokenizer)
+    return conversation.dialect.encoder.encode(conversation.render(conversation.turns))
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
