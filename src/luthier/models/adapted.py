@@ -13,6 +13,7 @@ from luthier.adapters.inject import DEFAULT_NAME, adapted_layers
 from luthier.adapters.new_tokens import knowing
 from luthier.adapters.peft_format import SavedAdapter, load_adapter, read_adapter
 from luthier.errors import AdapterError
+from luthier.models.heads import trains_head
 from luthier.models.load import DTYPES, Model, load
 from luthier.models.quantize import quantize_base, quantized_as
 from luthier.models.quiet import quiet
@@ -32,9 +33,11 @@ __all__ = [
 def load_adapted(name: str, adapter: Path, *, rank: int | None = None) -> Model:
     """The model of this name with the adapter in the folder. rank: the one to serve at, of a type that has several.
 
-    Raises what `load` and `load_adapter` raise.
+    Raises AdapterError for an adapter with a head, which gives rewards, and what `load` and `load_adapter` raise.
     """
     saved = read_adapter(adapter, rank=rank)
+    if trains_head(saved.settings):
+        raise AdapterError(f"{adapter}: was trained with a head, so it gives rewards and no text; see load_reward")
     model = load(name, dtype=saved.base_dtype if saved.quantize_base else "fp32")
     put_on(model, saved)
     return model

@@ -1,20 +1,23 @@
 """Loading a model: the network and the tokenizer from a resolved source, weights mapped from safetensors.
 
 The network is built without memory and filled from the files, so nothing is initialised at random; a file that lacks a
-tensor is refused. Code that comes with a model is never run.
+tensor is refused. Code that comes with a model is never run. A folder holds a language model or a reward model, and
+says which in its configuration: neither is ever taken for the other.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,9 +30,24 @@ from luthier.models.quiet import quiet
 from luthier.models.sources import ResolvedSource, resolve
 from luthier.models.stops import generation_config
 
-__all__ = ["DTYPES", "Model", "default_device", "load", "outline"]
+__all__ = [
+    "DTYPES",
+    "HEAD",
+    "Model",
+    "config_of",
+    "default_device",
+    "gives_rewards",
+    "load",
+    "load_either",
+    "network_class",
+    "outline",
+    "refuse_other_head",
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+HEAD = "score"
+"""The name of a reward model's head in its network, as nearly all of transformers' classes have it."""
 
 
 @dataclass(slots=True)
@@ -66,17 +84,26 @@ def load(
     attention: str | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Model:
-    """The model of this name (an alias, a hub id, a folder, a .gguf file), in evaluation mode.
+    """The language model of this name (an alias, a hub id, a folder, a .gguf file), in evaluation mode.
 
     device: by default `default_device()`.  attention: one of transformers' names; by default Luthier's own.
     Raises ModelError if the model cannot be used, NetworkError if it must be fetched and the network is missing.
     """
     source = resolve(name, environment)
-    with _readable(source):
-        config, tokenizer = _described(source)
-        network = _network(source, config, dtype=DTYPES[dtype], attention=attention or _own_attention(config))
-        network.generation_config = generation_config(config, tokenizer, network.generation_config)
-    return Model(network.to(default_device() if device is None else device), tokenizer, source)
+    _refuse_rewards(source)
+    return _loaded(source, dtype=dtype, device=device, attention=attention)
+
+
+def load_either(
+    name: str,
+    *,
+    dtype: Literal["bf16", "fp32"] = "fp32",
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Model:
+    """As `load`, of a language model or a reward model, whichever has this name."""
+    return _loaded(resolve(name, environment), dtype=dtype, device=device, attention=attention)
 
 
 def default_device() -> torch.device:
@@ -85,20 +112,81 @@ def default_device() -> torch.device:
 
 
 def outline(
-    name: str, *, dtype: Literal["bf16", "fp32"] = "fp32", environment: Mapping[str, str] = os.environ
+    name: str,
+    *,
+    dtype: Literal["bf16", "fp32"] = "fp32",
+    either: bool = False,
+    environment: Mapping[str, str] = os.environ,
 ) -> Model:
-    """The model as `load` gives it, but without weights: its tensors have shapes and no values.
+    """The model as `load` gives it, or `load_either`, but without weights: its tensors have shapes and no values.
 
-    To be called, and its network used, within a FakeTensorMode. Raises what `load` raises.
+    To be called, and its network used, within a FakeTensorMode. Raises what loading raises.
     """
     source = resolve(name, environment)
+    if not either:
+        _refuse_rewards(source)
     with _readable(source):
         config, tokenizer = _described(source)
-        network = AutoModelForCausalLM.from_config(
+        network = network_class(config).from_config(
             config, dtype=DTYPES[dtype], attn_implementation=_own_attention(config), trust_remote_code=False
         )
-        network.generation_config = generation_config(config, tokenizer, network.generation_config)
+        _set_stops(network, tokenizer)
     return Model(network.eval(), tokenizer, source)
+
+
+def config_of(source: ResolvedSource) -> PretrainedConfig:
+    """The model's configuration, which says what it is. Raises ModelError where it cannot be read."""
+    with _readable(source):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+    return config
+
+
+def gives_rewards(config: PretrainedConfig) -> bool:
+    """Whether it is the configuration of a reward model, or of any classifier of sequences."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def network_class(config: PretrainedConfig) -> Any:
+    """Which family of transformers' classes builds the network: language models or classifiers of sequences."""
+    return AutoModelForSequenceClassification if gives_rewards(config) else AutoModelForCausalLM
+
+
+def refuse_other_head(network: PreTrainedModel, name: str) -> None:
+    """Raises ModelError unless the network has one linear head with one output. name: of the model."""
+    head = dict(network.named_children()).get(HEAD)
+    parameters = {} if head is None else {part: value.shape for part, value in head.named_parameters()}
+    if not isinstance(head, nn.Linear) or parameters != {"weight": (1, head.in_features)}:
+        raise ModelError(
+            f"{name}: a {type(network).__name__} with {network.config.num_labels} labels gives no single reward by a "
+            f'linear layer "{HEAD}"; choose another model'
+        )
+
+
+def _refuse_rewards(source: ResolvedSource) -> None:
+    config = config_of(source)
+    if gives_rewards(config):
+        raise ModelError(
+            f"{source.name}: is a {config.architectures[0]}, which gives rewards or labels and no text; load it with "
+            "load_reward, or give the language model that it was made from"
+        )
+
+
+def _loaded(
+    source: ResolvedSource,
+    *,
+    dtype: Literal["bf16", "fp32"],
+    device: str | torch.device | None,
+    attention: str | None,
+) -> Model:
+    with _readable(source):
+        config, tokenizer = _described(source)
+        network = _network(source, config, dtype=DTYPES[dtype], attention=attention or _own_attention(config))
+        if gives_rewards(config):
+            refuse_other_head(network, source.name)
+        _set_stops(network, tokenizer)
+    return Model(network.to(default_device() if device is None else device), tokenizer, source)
 
 
 @contextmanager
@@ -112,8 +200,14 @@ def _readable(source: ResolvedSource) -> Iterator[None]:
 
 
 def _described(source: ResolvedSource) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    return config, AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    return config_of(source), tokenizer
+
+
+def _set_stops(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where generation stops; a reward model says it too, for it reads what ends there."""
+    given = network.generation_config if network.can_generate() else None
+    network.generation_config = generation_config(network.config, tokenizer, given)
 
 
 def _own_attention(config: PretrainedConfig) -> str | None:
@@ -127,7 +221,7 @@ def _own_attention(config: PretrainedConfig) -> str | None:
 def _network(
     source: ResolvedSource, config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None
 ) -> PreTrainedModel:
-    network, report = AutoModelForCausalLM.from_pretrained(
+    network, report = network_class(config).from_pretrained(
         source.folder,
         config=config,
         dtype=dtype,
@@ -140,7 +234,7 @@ def _network(
     if unfilled := sorted(report["missing_keys"]):
         raise ModelError(
             f"{source.folder}: its weights lack {len(unfilled)} tensors of a {type(network).__name__}, the first "
-            f"{unfilled[0]}; it is damaged or no language model"
+            f"{unfilled[0]}; it is damaged or another kind of model"
         )
     return network
 

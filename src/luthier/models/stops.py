@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from luthier.data.templates import stop_token_ids
 from luthier.errors import TemplateError
 
-__all__ = ["generation_config"]
+__all__ = ["generation_config", "template_stops"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def generation_config(
     settings = GenerationConfig.from_model_config(config) if given is None else GenerationConfig(**given.to_dict())
     known = settings.eos_token_id
     stops = set(known if isinstance(known, list) else [known]) | {tokenizer.eos_token_id}
-    ids = sorted((stops | _template_stops(tokenizer)) - {None})
+    ids = sorted((stops | template_stops(tokenizer)) - {None})
     settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     try:
         settings.validate(strict=True)
@@ -31,7 +31,8 @@ def generation_config(
     return settings
 
 
-def _template_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def template_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a turn; none where the template cannot be trained on, or there is none."""
     if tokenizer.chat_template is None:
         return set()
     try:
