@@ -1,7 +1,8 @@
 """The export certificate: a written model is loaded again and says what the live one says, or is refused.
 
 The live model is the base with its adapter on it, both in float32. The two are loaded one after the other, so one whole
-model must fit into memory; whoever streams a model that does not fit has no certificate and is told so.
+model must fit into memory; whoever streams a model that does not fit has no certificate and is told so. What a reward
+model says is the chance that a reward of r is better than one of 0, sigmoid(r).
 """
 
 import gc
@@ -12,12 +13,15 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from luthier.adapters.peft_format import read_adapter
+from luthier.adapters.peft_format import SavedAdapter, read_adapter
 from luthier.adapters.switch import adapters_off
 from luthier.errors import ExportError
 from luthier.models.adapted import load_adapted
-from luthier.models.load import Model, load
+from luthier.models.heads import trains_head
+from luthier.models.load import HEAD, Model, gives_rewards, load_either
+from luthier.models.rewards import load_reward
 
 __all__ = ["Certificate", "certify", "fits_in_memory"]
 
@@ -39,7 +43,8 @@ class Certificate:
     """How far the written model is from the live one, over the positions of a text.
 
     kl: KL(live || written), mean and largest, in nats. kl_of_base: KL(live || base alone), which is what the adapter
-    does. kl_bound: what the mean may be at most. greedy_agreement: share of positions with the same likeliest token.
+    does; of a reward model, base and a new head. kl_bound: what the mean may be at most. greedy_agreement: share of
+    positions with the same likeliest token, or of rewards with the same sign.
     """
 
     kl: float
@@ -64,7 +69,7 @@ def certify(base: Path, adapter: Path, written: Path, *, rounded: bool, rank: in
     text = "".join(saved.settings.new_tokens) + _TEXT
     live, kl_of_base = _live(base, adapter, rank, text)
     rounded = rounded or saved.base_dtype != "fp32"
-    kl = _kl(live, other := _logprobs(load(str(written)), text))
+    kl = _kl(live, other := _logprobs(load_either(str(written)), text))
     certificate = Certificate(
         kl=float(kl.mean()),
         kl_largest=float(kl.max()),
@@ -85,7 +90,7 @@ def _live(base: Path, adapter: Path, rank: int | None, text: str) -> tuple[Tenso
     """Log-probabilities of the text under the adapter, and how far they are from the base's, mean KL in nats; the base
     is asked of what it knows, which new tokens are not. The model is gone afterwards.
     """
-    model = load_adapted(str(base), adapter, rank=rank)
+    model = _adapted(str(base), read_adapter(adapter, rank=rank))
     model.network.float()
     live = _logprobs(model, text)
     known = live if text == _TEXT else _logprobs(model, _TEXT)
@@ -94,6 +99,13 @@ def _live(base: Path, adapter: Path, rank: int | None, text: str) -> tuple[Tenso
     del model
     gc.collect()  # modules refer to themselves
     return live, float(_kl(known[:, : alone.shape[1]].log_softmax(-1), alone).mean())
+
+
+def _adapted(base: str, saved: SavedAdapter) -> Model:
+    if not trains_head(saved.settings):
+        return load_adapted(base, saved.folder, rank=saved.rank)
+    dtype = saved.base_dtype if saved.quantize_base else "fp32"
+    return load_reward(base, adapter=saved.folder, rank=saved.rank, dtype=dtype)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -108,7 +120,13 @@ def fits_in_memory(num_parameters: int) -> bool:
 
 @torch.no_grad()
 def _logprobs(model: Model, text: str) -> Tensor:
-    """[tokens, vocabulary] over the text's beginning, in float64, so that taking the logarithm adds no difference."""
+    """[tokens, vocabulary] over the text's beginning, in float64, so that taking the logarithm adds no difference. Of a
+    reward model [tokens, 2]: is the text up to a token better, or worse, than one of reward 0.
+    """
     ids = torch.tensor([model.tokenizer(text).input_ids[:_NUM_TOKENS]], device=model.device)
+    if gives_rewards(model.config):
+        hidden = model.network.base_model(ids).last_hidden_state[0]
+        reward = model.network.get_submodule(HEAD)(hidden).cpu().double()
+        return logsigmoid(torch.cat([reward, -reward], dim=-1))
     logits: Tensor = model.network(ids).logits[0]
     return logits.cpu().double().log_softmax(-1)

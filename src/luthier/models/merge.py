@@ -2,30 +2,24 @@
 
 Its architecture, built without memory, says which layers there are, and transformers' own renaming under which name a
 file holds each. A layer that the adapter changes is merged when its turn to be written comes, and every other tensor is
-copied. Nothing here knows what kind of adapter it is, only that `Adapter.merge` takes a weight and a bias.
+copied. Nothing here knows what kind of adapter it is, only that `Adapter.merge` takes a weight and a bias. An adapter
+that was trained with a head makes a language model a reward model: its output layer is left out, its head is added.
 """
 
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -38,7 +32,8 @@ from luthier.errors import ModelError
 from luthier.files import written_whole
 from luthier.models.adapted import refuse_wrong_base, tokenizer_of
 from luthier.models.certificate import Certificate, certify, fits_in_memory
-from luthier.models.load import DTYPES
+from luthier.models.heads import head_outline, padded_for, trains_head
+from luthier.models.load import DTYPES, HEAD, config_of, gives_rewards, network_class
 from luthier.models.quiet import quiet
 from luthier.models.save import check_replaceable, write_settings
 from luthier.models.sources import ResolvedSource
@@ -85,6 +80,7 @@ def merge_into(
     rank: int | None = None,
 ) -> Merged:
     """Writes source and adapter as one ordinary model, whole or not at all; peak memory is that of one layer's merge.
+    An adapter with a head gives a reward model in the form of transformers' sequence classification.
 
     dtype: of the weights in the file, by default each tensor's own.  tokenizer: by default the one beside the adapter,
     or else the source's; it gets the adapter's new tokens.
@@ -95,12 +91,16 @@ def merge_into(
     """
     place = Path(destination).expanduser().absolute()
     saved = read_adapter(adapter, rank=rank)
-    network = _skeleton(source)
+    config = config_of(source)
+    new_head = trains_head(saved.settings) and not gives_rewards(config)
+    network = _skeleton(source, config, new_head=new_head)
     adapters = saved.build(network)
     refuse_wrong_base(saved, source)
     _refuse_place(place, source, adapter)
     stored = read_weights(source.folder)
-    names = _stored_names(network, [tensor.name for tensors in stored.values() for tensor in tensors])
+    if new_head:
+        stored = _headed(stored, network)
+    names = _stored_names(network, stored)
     layers = _layers(source, adapters, stored, names)
     wanted = None if dtype is None else _word(DTYPES[dtype])
     _count_rows(network, adapters)
@@ -109,24 +109,39 @@ def merge_into(
     try:
         with quiet(), written_whole(place) as beside:
             write_weights(beside, files)
-            _write_settings(beside, source, network, _tokenizer(source, saved, tokenizer), dtype)
+            _write_settings(beside, source, network, _tokenizer(source, saved, tokenizer, network), dtype)
             certificate = _certificate(source, saved, beside, files) if verify else None
     except (OSError, ValueError) as error:  # ValueError: settings that transformers will not write
         raise ModelError(f"{place}: cannot be written ({error}); make room or choose another place") from error
     return Merged(place, len(layers), certificate)
 
 
-def _skeleton(source: ResolvedSource) -> PreTrainedModel:
-    """The network without memory."""
+def _skeleton(source: ResolvedSource, config: PretrainedConfig, *, new_head: bool) -> PreTrainedModel:
+    """The network without memory. new_head: of the reward model that a language model becomes."""
     try:
         with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-            network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            network: PreTrainedModel = (
+                head_outline(config, source.name) if new_head else network_class(config).from_config(config)
+            )
     except (ValueError, OSError, RuntimeError) as error:
         raise ModelError(f"{source.folder}: its architecture cannot be built ({error}); fetch it again") from error
     if "quantization_config" in config.to_dict():
         raise ModelError(f"{source.folder}: is stored quantized; merge into the model that it was made from")
     return network
+
+
+def _headed(stored: Files, network: PreTrainedModel) -> Files:
+    """A language model's tensors without what a reward model does not have, and a head of zeros, which the adapter's
+    replaces as the layers are merged; its type is the widest of the files.
+    """
+    tensors = network.state_dict()
+    dropped = {place for name, place in _stored_names(network, stored).items() if name not in tensors}
+    kept = {file: [one for one in parts if one.name not in dropped] for file, parts in stored.items()}
+    types = (_FLOATS[one.dtype] for parts in kept.values() for one in parts if one.dtype in _FLOATS)
+    dtype, shape = reduce(torch.promote_types, types), tuple(network.get_submodule(HEAD).weight.shape)
+    name = f"{HEAD}.weight"
+    kept[max(kept)].append(LazyTensor(name, _word(dtype), shape, lambda: _bytes(torch.zeros(shape, dtype=dtype))))
+    return {file: parts for file, parts in kept.items() if parts}
 
 
 def _refuse_place(place: Path, source: ResolvedSource, adapter: Path) -> None:
@@ -173,13 +188,13 @@ def _count_rows(network: PreTrainedModel, adapters: list[Adapter]) -> None:
             network.config.get_text_config().vocab_size = adapter.merged_shape(tuple(embedding.weight.shape))[0]
 
 
-def _stored_names(network: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+def _stored_names(network: PreTrainedModel, stored: Files) -> dict[str, str]:
     """Under which name the files hold a tensor of the network, for all that loading takes over unchanged."""
     transforms = get_model_conversion_mapping(network)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     tensors, names = network.state_dict(), {}
-    for name in stored:
+    for name in (tensor.name for parts in stored.values() for tensor in parts):
         renamed, converter = rename_source_key(name, renamings, converters, network.base_model_prefix, tensors)
         if converter is None:
             names[renamed] = name
@@ -271,12 +286,14 @@ def _check_room(place: Path, files: Files) -> None:
 
 
 def _tokenizer(
-    source: ResolvedSource, saved: SavedAdapter, given: PreTrainedTokenizerBase | None
+    source: ResolvedSource, saved: SavedAdapter, given: PreTrainedTokenizerBase | None, network: PreTrainedModel
 ) -> PreTrainedTokenizerBase:
-    if given is not None:
-        return knowing(given, saved.settings)
-    base = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    return tokenizer_of(saved, base)
+    if given is None:
+        base = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = tokenizer_of(saved, base)
+    else:
+        tokenizer = knowing(given, saved.settings)
+    return padded_for(network.config, tokenizer) if gives_rewards(network.config) else tokenizer
 
 
 def _write_settings(
