@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,6 +12,10 @@ _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+# A busy machine takes longer than the 200 ms that hypothesis allows an example; that is no fault of the code.
+hypothesis.settings.register_profile("luthier", deadline=None)
+hypothesis.settings.load_profile("luthier")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -52,6 +52,25 @@ def test_a_reward_model_tells_held_out_pairs_apart_and_loads_in_transformers(
     torch.testing.assert_close(torch.tensor(ours), expected, rtol=0, atol=1e-5)
 
 
+def test_a_bfloat16_reward_model_is_trained_whole_and_trained_on(chat_model: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(chat_model, tmp_path, adapter=None, max_steps=2)
+    twice = Recipe.model_validate(
+        {
+            "model": str(chat_model),
+            "output": str(tmp_path / "twice"),
+            "dtype": "bf16",
+            "stages": [
+                {stage.word: stage.settings.model_dump(exclude={"model", "output", "dtype"})}
+                for stage in recipe.stages * 2
+            ],
+        }
+    )
+    run_recipe(twice)
+    first, second = (lt.load_reward(str(tmp_path / "twice" / name)) for name in ("00-reward/model", "model"))
+    assert first.source.weights_hash != second.source.weights_hash
+    assert lt.rewards(second, CHATS) != lt.rewards(first, CHATS)
+
+
 def test_a_later_stage_does_not_take_a_reward_model_for_a_language_model(chat_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(chat_model, tmp_path, max_steps=1)
     run_recipe(recipe)

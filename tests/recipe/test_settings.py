@@ -12,7 +12,7 @@ from luthier.errors import RecipeError
 from luthier.recipe import ADAPTER_SETTINGS, SFT, LoRA, Pretrain, settings_from
 from luthier.recipe.preference import DPO, KTO, Reward
 from luthier.recipe.problems import nearest
-from luthier.recipe.rounds import IterativeDPO
+from luthier.recipe.rounds import RLAIF, IterativeDPO
 
 
 def test_the_language_of_recipes_needs_no_torch() -> None:
@@ -135,3 +135,23 @@ def test_the_formats_are_those_that_data_reads() -> None:
 
 def test_adapters_are_known_by_their_type() -> None:
     assert all(kind.model_construct().type == name for name, kind in ADAPTER_SETTINGS.items())
+
+
+def test_a_judge_that_reads_is_asked_of_rlaif() -> None:
+    with pytest.raises(RecipeError, match="judge: is required"):
+        settings_from(RLAIF, {"data": "a"})
+    with pytest.raises(RecipeError, match="iterative_dpo"):
+        settings_from(RLAIF, {"data": "a", "judge": {"type": "rule", "function": "judge.py:score"}})
+    assert settings_from(RLAIF, {"data": "a", "judge": "local"}).judge.type == "local"
+
+
+def test_what_has_no_effect_on_a_preference_is_refused() -> None:
+    for given, message in (
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing: hinge knows none"),
+        ({"loss_type": "exo_pair", "label_smoothing": 0}, "label_smoothing: exo_pair needs one"),
+        ({"max_kl": 0.1}, "max_kl: is measured at evaluations"),
+        ({"max_kl": 0.1, "eval_fraction": 0.1, "adapter": "none"}, "max_kl: is measured by switching the adapter off"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            settings_from(DPO, {"data": "a", **given})
+    assert settings_from(DPO, {"data": "a", "loss_type": "exo_pair"}).label_smoothing == 1e-3

@@ -20,6 +20,7 @@ from luthier.recipe.settings import settings_from
 __all__ = ["settings_of_config", "words_of_config"]
 
 _TOKENS = "trainable_token_indices"
+_HEAD, _OTHER_HEAD = "score", "classifier"  # PEFT writes both names for a classifier, of which a network has one
 
 _HARMLESS = {  # words of PEFT's that change nothing of what a saved adapter computes
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "megatron_core"),
@@ -37,7 +38,8 @@ _PLAIN_STARTS = (True, False, None, "eva", "gaussian", "orthogonal")  # with oth
 def words_of_config(settings: AnyAdapter, base_model: str, extra: Mapping[str, object]) -> dict[str, Any]:
     """What adapter_config.json says. extra: words that the type adds, or says otherwise."""
     form = ADAPTERS[settings.type].peft
-    shared = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM"}
+    task = "SEQ_CLS" if _HEAD in settings.modules_to_save else "CAUSAL_LM"
+    shared = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": task}
     if form is None:
         kind = f"LUTHIER_{settings.type.upper()}"
         return {**shared, "peft_type": kind, OWN_FIELD: settings.model_dump(mode="json"), **extra}
@@ -77,6 +79,8 @@ def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, 
     if asked:
         raise _refusal(path, asked)
     given = {ours: config[theirs] for ours, theirs in form.fields.items() if config.get(theirs) is not None}
+    if config.get("task_type") == "SEQ_CLS" and _HEAD in (whole := given.get("modules_to_save") or ()):
+        given["modules_to_save"] = [name for name in whole if name != _OTHER_HEAD]
     missing = [f for f in form.fields.values() if f not in config and f in ("r", "lora_alpha", "target_modules")]
     if missing:
         raise AdapterError(f"{path}: does not say {missing[0]}; save the adapter again")

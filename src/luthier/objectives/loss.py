@@ -43,7 +43,7 @@ def _sum_and_number(metric: Metric, num_units: int) -> Tensor:
     values, mask = metric if isinstance(metric, tuple) else (metric, None)
     wide = values.detach().to(torch.promote_types(values.dtype, torch.float32))
     if mask is not None:
-        return torch.stack([(wide * mask).sum(), mask.sum().to(wide.dtype)])
+        return torch.stack([torch.where(mask, wide, 0).sum(), mask.sum().to(wide.dtype)])
     if wide.ndim:
         return torch.stack([wide.sum(), wide.new_tensor(wide.numel())])
     return torch.stack([wide * num_units, wide.new_tensor(num_units)])

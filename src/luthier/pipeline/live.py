@@ -19,7 +19,8 @@ from luthier.adapters.merge import remove_adapters
 from luthier.adapters.peft_format import save_adapter
 from luthier.errors import AdapterError, ModelError
 from luthier.models.adapted import carried_settings
-from luthier.models.load import DTYPES, Model, load
+from luthier.models.heads import with_head
+from luthier.models.load import DTYPES, Model, load_either
 from luthier.models.merge import merge_into
 from luthier.models.quantize import quantized_as
 from luthier.models.save import save
@@ -117,7 +118,9 @@ def store_trained(model: Model, settings: Training, folder: Path, place: Path) -
     if settings.dtype == "fp32":
         save(model, place)
     else:
-        stored = load(str(model.source.folder), dtype="fp32", environment=model.source.environment)
+        stored = load_either(str(model.source.folder), dtype="fp32", environment=model.source.environment)
+        if isinstance(settings, Reward):
+            stored = with_head(stored, seed=settings.seed)
         stored.tokenizer = model.tokenizer
         load_trained(stored.network, folder / "checkpoints" / "last")
         save(stored, place)
@@ -141,7 +144,9 @@ def exchange(model: Model, source: ResolvedSource) -> None:
     """Another network in the old one's type, place and attention. The old one is emptied before the other is read."""
     dtype, device, attention = dtype_of(model), model.device, model.config._attn_implementation
     model.network.to("meta")
-    fresh = load(str(source.folder), dtype=dtype, device=device, attention=attention, environment=source.environment)
+    fresh = load_either(
+        str(source.folder), dtype=dtype, device=device, attention=attention, environment=source.environment
+    )
     model.network, model.source = fresh.network, source
 
 

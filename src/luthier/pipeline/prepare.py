@@ -16,7 +16,7 @@ from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RecipeError
 from luthier.models.fuse import fuse
 from luthier.models.heads import with_head, with_trained_head
-from luthier.models.load import Model, load
+from luthier.models.load import Model, gives_rewards, load_either
 from luthier.models.quantize import quantize_base
 from luthier.models.trainable import checkpoint_layers, freeze_base, train_all_but
 from luthier.quant.linear import round_trip
@@ -44,7 +44,7 @@ def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
         settings,
         model.tokenizer,
         eos_token_ids=stops if isinstance(stops, list) else [stops],
-        padding_id=model.config.get_text_config().pad_token_id,
+        padding_id=model.config.get_text_config().pad_token_id if gives_rewards(model.config) else None,
         quarantine=folder / "quarantine.jsonl",
     )
 
@@ -111,7 +111,9 @@ def fresh_state(settings: Training, model: Model, *, outline: bool = False) -> T
     """
     stored: dict[str, Tensor] = {}
     if settings.adapter is None and settings.dtype != "fp32" and not outline:
-        wide = load(str(model.source.folder), dtype="fp32", device=model.device)
+        wide = load_either(str(model.source.folder), dtype="fp32", device=model.device)
+        if isinstance(settings, Reward):
+            wide = with_head(wide, seed=settings.seed)
         stored = dict(wide.network.named_parameters())
     precision = Precision(float32_masters(model.network, stored))
     return TrainState(model.network, make_optimizer(model.network, settings, precision), Progress(), precision)

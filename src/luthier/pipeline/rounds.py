@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class _Rounds:
 
     @cached_property
     def judge(self) -> Judge:
-        return judge_of(self.settings.judge)
+        return judge_of(self.settings.judge, load_model=partial(load, dtype=self.settings.dtype))
 
     @cached_property
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:

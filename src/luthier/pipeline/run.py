@@ -15,7 +15,7 @@ from pathlib import Path
 from luthier.adapters.merge import can_be_merged
 from luthier.errors import CheckpointError
 from luthier.files import write_whole
-from luthier.models.load import Model, load
+from luthier.models.load import Model, load, load_either
 from luthier.models.merge import merge_into
 from luthier.models.save import save
 from luthier.models.sources import resolve
@@ -27,6 +27,7 @@ from luthier.pipeline.report import write_report
 from luthier.pipeline.rounds import best_round, run_rounds
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Recipe, Stage, dump_recipe
+from luthier.recipe.preference import Reward
 from luthier.recipe.rounds import IterativeDPO
 from luthier.training.callbacks import Callback
 
@@ -96,7 +97,8 @@ def run_stage(
     if isinstance(stage.settings, IterativeDPO):
         summary = _run_rounds(stage.settings, source, folder, destination, callbacks)
     else:
-        model = load(source, dtype=stage.settings.dtype)
+        of_reward = isinstance(stage.settings, Reward)  # which alone trains a reward model on
+        model = (load_either if of_reward else load)(source, dtype=stage.settings.dtype)
         _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks, to_be_merged=not last)
         _hand_over(stage, model, folder, destination)
     write_whole(done, json.dumps({"data": data}, indent=1) + "\n")

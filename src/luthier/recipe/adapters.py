@@ -5,14 +5,13 @@ JSON Schema and the messages about unknown types follow from that. `adapter: lor
 `adapter: {type: lora, r: 8}` all mean LoRA.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, TypeAlias
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator
 
 from luthier.recipe.adapter import AnyAdapter
+from luthier.recipe.kinds import by_type
 from luthier.recipe.low_rank import AdaLoRA, DoRA, DyLoRA, LoHa, LoKr, LoRA, LowRank, VeRA
-from luthier.recipe.problems import Problem, Problems, problems_in, unknown
 from luthier.recipe.settings import branches
 from luthier.recipe.small_adapters import IA3, AdapterFusion, BitFit, Bottleneck, Prefix, Prompt
 
@@ -36,7 +35,6 @@ __all__ = [
     "VeRA",
 ]
 
-_DEFAULT_TYPE = "lora"
 _OTHER_WORDS = {  # what people call a type that is a setting of another here
     "loftq": "it is type: lora with init: loftq, over quantize_base: nf4",
     "lora+": "it is type: lora with lr_ratio_b: 16",
@@ -55,20 +53,7 @@ ADAPTER_SETTINGS: dict[str, type[AnyAdapter]] = {kind.model_fields["type"].defau
 
 
 def _by_type(value: object) -> object:
-    """Settings of the class that `type` names; raises Problems."""
-    fields = {"type": value} if isinstance(value, str) else value
-    if not isinstance(fields, Mapping):
-        return value
-    kind = str(fields.get("type", _DEFAULT_TYPE))
-    if kind not in ADAPTER_SETTINGS:
-        path = ("type",) if fields is value else ()
-        other = _OTHER_WORDS.get(kind.lower())
-        sentence = f'unknown type "{kind}"; {other}' if other else unknown("type", kind, list(ADAPTER_SETTINGS))
-        raise Problems([Problem(path, sentence)])
-    try:
-        return ADAPTER_SETTINGS[kind].model_validate(dict(fields))
-    except ValidationError as error:
-        raise Problems(problems_in(error, fields)) from None
+    return by_type(value, ADAPTER_SETTINGS, default="lora", other_words=_OTHER_WORDS)
 
 
 AdapterSettings = Annotated[_Any, BeforeValidator(_by_type)]

@@ -3,8 +3,9 @@
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import field_validator
 
-from luthier.recipe.judges import JudgeSettings, LocalJudge
+from luthier.recipe.judges import EndpointJudge, JudgeSettings, LocalJudge
 from luthier.recipe.preference import Direct
 from luthier.recipe.settings import Count, Word
 
@@ -56,5 +57,12 @@ class RLAIF(IterativeDPO):
     output: Word = "runs/rlaif"
     """The folder of the run: metrics, checkpoints, adapter, model and report."""
 
-    judge: JudgeSettings = LocalJudge()
-    """Who says which answer is better: rule, reward, local or endpoint."""
+    judge: JudgeSettings
+    """Who reads two answers and says which is better: local or endpoint. Small models cannot."""
+
+    @field_validator("judge")
+    @classmethod
+    def _reads(cls, judge: JudgeSettings) -> JudgeSettings:
+        if not isinstance(judge, LocalJudge | EndpointJudge):
+            raise ValueError(f"{judge.type} gives numbers; choose local or endpoint, or take iterative_dpo")
+        return judge
