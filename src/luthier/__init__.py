@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from luthier.data.batches import TokenBatch
     from luthier.errors import LuthierError
     from luthier.models.load import Model, load
-    from luthier.models.rewards import load_reward, rewards
+    from luthier.models.rewards import load_reward, rewards, step_rewards
     from luthier.models.score import Scores, score
     from luthier.objectives.loss import Loss
     from luthier.pipeline.adapter_costs import adapter_costs
@@ -93,6 +93,7 @@ __all__ = [
     "save_adapter",
     "score",
     "set_rank",
+    "step_rewards",
 ]
 
 _HOMES = {
@@ -143,6 +144,7 @@ _HOMES = {
     "save_adapter": "luthier.pipeline.python_adapters",
     "score": "luthier.models.score",
     "set_rank": "luthier.adapters.dylora",
+    "step_rewards": "luthier.models.rewards",
 }
 
 

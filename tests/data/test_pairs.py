@@ -11,10 +11,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from luthier.data.encoding import encode
-from luthier.data.examples import Chat, Example, Feedback, Message, Origin, Preference, Prompt, Text, ToolCall
+from luthier.data.examples import Chat, Example, Feedback, Message, Origin, Preference, Prompt, Steps, Text, ToolCall
 from luthier.data.limits import limit
 from luthier.data.masks import encode_chat, encode_prompt
-from luthier.data.pairs import encode_feedback, encode_for_reward, encode_preference, num_prompt, with_mismatched
+from luthier.data.pairs import (
+    encode_feedback,
+    encode_for_reward,
+    encode_preference,
+    encode_steps,
+    num_prompt,
+    with_mismatched,
+)
 from luthier.data.sequences import TokenGroup, TokenSequence, sequences_of
 from luthier.errors import DataError, TemplateError
 
@@ -238,9 +245,26 @@ def test_cut_answers_keep_a_trained_token_each_and_still_differ(better: str, wor
         (preference(said("q"), "a", "b"), TokenGroup),
         (Feedback(Chat(said("q", "a")), True), TokenGroup),
         (Prompt(said("q")), TokenSequence),
+        (Steps(said("q"), ("a", "b"), (True, False)), TokenGroup),
     ],
 )
 def test_every_kind_of_example_becomes_an_item_with_its_origin(example: Example, kind: type) -> None:
     (item,) = encode(example, ORIGIN, tokenizer_of("chatml"), train_on="assistant")
     assert isinstance(item, kind)
     assert item.origin == ORIGIN
+
+
+@each_family
+def test_a_steps_label_stands_at_its_line_break_behind_what_is_served(name: str) -> None:
+    example = Steps(said("q"), ("one", "two <|im_end|>", "three"), (True, False, True))
+    group = encode_steps(example, ORIGIN, tokenizer_of(name))
+    (sequence,) = group.sequences
+    assert group.correct == example.correct
+    prompt = encode_prompt(Chat(said("q")), tokenizer_of(name))
+    assert sequence.token_ids[: len(prompt)].tolist() == prompt
+    ends = np.flatnonzero(sequence.trained) + 1
+    pieces = np.split(sequence.token_ids, [len(prompt), *ends[:-1]])[1:]
+    assert [tokenizer_of(name).decode(piece) for piece in pieces] == [f"{step}\n" for step in example.steps]
+    cut = limit([group], int(ends[1]), "truncate").kept[0]
+    assert isinstance(cut, TokenGroup)
+    assert cut.correct == (True, False)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, ToolCall
+from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, Steps, ToolCall
 from luthier.data.formats import FORMATS, Task, check_names, recognise, to_example
 from luthier.data.reading import read_examples
 from luthier.errors import DataError
@@ -88,6 +88,16 @@ MEANINGS: list[tuple[str, dict[str, Any], Example]] = [
         {"prompt": "Why?", "completions": [[turn("assistant", "a")], "b", "c"], "ranks": [2, 1, 2]},
         Preference((ASK,), tuple((Message("assistant", text),) for text in "bac"), scores=(-1.0, -2.0, -2.0)),
     ),
+    (
+        "steps",
+        {"prompt": "Why?", "completions": ["a", "b"], "labels": [True, 0]},
+        Steps((ASK,), ("a", "b"), (True, False)),
+    ),
+    (
+        "steps",
+        {"question": "Why?", "steps": ["a"], "labels": ["false"], "system": "Be brief."},
+        Steps((RULE, ASK), ("a",), (False,)),
+    ),
     ("feedback", {"prompt": "Why?", "completion": "So.", "label": True}, Feedback(Chat((ASK, GOOD)), True)),
     ("feedback", {"prompt": "Why?", "response": [QUESTION, WRONG], "label": 0}, Feedback(Chat((ASK, BAD)), False)),
     ("feedback", {"instruction": "Why?", "output": "So.", "kto_tag": "True"}, Feedback(Chat((ASK, GOOD)), True)),
@@ -138,7 +148,7 @@ def test_every_format_of_preferences_has_a_row_that_shows_its_meaning() -> None:
 def test_no_row_that_prefers_or_judges_is_taken_for_an_example_to_imitate(
     name: str, row: dict[str, Any], meaning: Example
 ) -> None:
-    stage = "kto" if FORMATS[name].task == "judge" else "dpo"
+    stage = {"judge": "kto", "prefer": "dpo", "grade": "process_reward"}[FORMATS[name].task]
     with pytest.raises(DataError, match=f"train on it with {stage}"):
         recognise(row)
 
@@ -312,3 +322,18 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the data folder ../shared/data beside the checkout")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"completions": ["a", "b"], "labels": [True]}, "there are 2 steps and 1 labels"),
+        ({"completions": [], "labels": []}, "there are 0 steps"),
+        ({"completions": ["a", " "], "labels": [1, 1]}, "step 2 is empty"),
+        ({"completions": "a", "labels": [1]}, '"completions" is'),
+        ({"completions": ["a"], "labels": [7]}, '"label" is'),
+    ],
+)
+def test_steps_without_a_label_each_are_refused(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        to_example({"prompt": "Why?", **row}, "steps")

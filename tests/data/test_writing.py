@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, Text, ToolCall
+from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, Steps, Text, ToolCall
 from luthier.data.reading import read_examples
 from luthier.data.writing import write_examples
 from luthier.errors import DataError
@@ -32,6 +32,7 @@ callers = st.builds(Message, st.just("assistant"), anything, calls, names, marks
 results = st.builds(Message, st.just("tool"), anything, st.just(()), names, marks)
 answering = st.builds(Message, st.just("tool"), anything, st.just(()), words, marks, words)
 systems = st.builds(Message, st.just("system"), anything, st.just(()), names, marks)
+labelled = st.lists(st.tuples(words, st.booleans()), min_size=1, max_size=3)
 tools = st.builds(lambda name, more: {"type": "function", "function": {**more, "name": name}}, words, objects)
 
 
@@ -93,6 +94,12 @@ def test_prompts_are_read_back_equal(example: Prompt) -> None:
     (found,) = written_and_read([example])
     assert isinstance(found, Prompt)
     assert (found.messages, found.tools) == (example.messages, example.tools)
+
+
+@unhurried
+@given(st.builds(lambda turn, steps: Steps((turn,), *map(tuple, zip(*steps, strict=True))), users, labelled))
+def test_steps_are_read_back_equal(example: Steps) -> None:
+    assert written_and_read([example]) == [example]
 
 
 def written_and_read(examples: list[Example]) -> list[Example]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from luthier.objectives.loss import Loss
-from luthier.objectives.reward import bradley_terry
+from luthier.objectives.reward import bradley_terry, stepwise
 
 rewards = st.floats(-20, 20)
 pairs = st.lists(st.tuples(rewards, rewards), min_size=1, max_size=5)
@@ -88,3 +88,15 @@ def test_pairs_are_told_of_by_the_usual_names() -> None:
         **{"rewards/chosen": [1.0, 2.0], "rewards/rejected": [0.0, 2.0]},
         **{"rewards/margins": [1.0, 2.0], "rewards/accuracies": [1.0, 2.0]},
     }
+
+
+def test_a_steps_loss_is_the_cross_entropy_of_its_label() -> None:
+    rewards = torch.tensor([2.0, -1.0, 0.5, -40.0, 40.0], dtype=torch.float64, requires_grad=True)
+    correct = torch.tensor([True, True, False, False, True])
+    loss = stepwise(rewards, correct)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(rewards, correct.double(), reduction="none")
+    torch.testing.assert_close(loss.per_unit, expected, rtol=0, atol=1e-12)
+    assert loss.unit == "tokens"
+    total, number = loss.kept["rewards/correct"].tolist()
+    assert (total, number) == (pytest.approx(2.0 - 1.0 + 40.0), 3)
+    assert loss.kept["rewards/accuracies"].tolist() == [3.0, 5.0]

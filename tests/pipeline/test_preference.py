@@ -11,7 +11,9 @@ from luthier.adapters.switch import adapters_off
 from luthier.data.batches import TokenBatch, collate
 from luthier.data.sequences import TokenGroup
 from luthier.errors import CheckpointError, RecipeError
+from luthier.models.adapted import load_adapted
 from luthier.models.load import load
+from luthier.models.score import divergence
 from luthier.pipeline.prepare import adapt, prepare_data
 from luthier.pipeline.reference import answer_logprobs, referred
 from luthier.pipeline.run import run_recipe
@@ -219,3 +221,24 @@ def test_a_live_reference_leaves_adapters_and_mode_as_they_were(
     assert batch.reference is not None
     torch.testing.assert_close(batch.reference, off)
     assert not torch.allclose(on, off)
+
+
+def test_a_policy_that_goes_too_far_is_stopped_and_goes_back(
+    rows: dict[str, str], chat_model: Path, tmp_path: Path
+) -> None:
+    further = {"learning_rate": 2e-2, "schedule": "constant", "max_steps": 30, "epochs": 9, "eval_fraction": 0.25}
+    free = run_recipe(recipe_of("dpo", rows, chat_model, tmp_path / "free", **further, eval_every=1))[0]
+    told = [line for line in read_metrics(Path(free.folder) / "metrics.jsonl") if "eval_loss" in line]
+    assert told[0]["eval_kl_per_token"] == pytest.approx(0, abs=1e-6)
+    bound = told[4]["eval_kl_per_token"]
+    assert max(line["eval_kl_per_token"] for line in told) > bound > 0
+    held = run_recipe(recipe_of("dpo", rows, chat_model, tmp_path / "held", **further, eval_every=1, max_kl=bound))[0]
+    lines = read_metrics(Path(held.folder) / "metrics.jsonl")
+    kept = [line for line in lines if "eval_loss" in line]
+    assert held.steps == kept[-1]["step"] < free.steps
+    assert kept[-1]["eval_kl_per_token"] > bound >= max(line["eval_kl_per_token"] for line in kept[:-1])
+    allowed = min(kept[:-1], key=lambda line: line["eval_loss"])
+    model = load_adapted(str(chat_model), Path(held.folder) / "adapter")
+    groups = prepare_data(settings_of("dpo", rows, chat_model, eval_fraction=0.25), model, tmp_path / "x").evaluation
+    found = torch.cat([divergence(model.network, collate([group])) for group in groups]).mean()
+    assert float(found) == pytest.approx(allowed["eval_kl_per_token"], rel=1e-3)

@@ -85,7 +85,10 @@ def test_a_recipe_of_preferences_trains_and_leaves_a_model(
     pairs = [{"prompt": f"{i}?", "chosen": f"{i}{i}.", "rejected": "No."} for i in range(24)]
     rows = [{"question": pair["prompt"], "answer": pair["chosen"]} for pair in pairs]
     verdicts = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2} for i, p in enumerate(pairs)]
-    for name, made in (("rows", rows), ("pairs", pairs), ("verdicts", verdicts), ("prompts", pairs)):
+    steps = [
+        {"prompt": p["prompt"], "completions": ["One.", "Two."], "labels": [True, i % 2]} for i, p in enumerate(pairs)
+    ]
+    for name, made in (("rows", rows), ("pairs", pairs), ("verdicts", verdicts), ("prompts", pairs), ("steps", steps)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     (tmp_path / "judge.py").write_text("def score(prompt, answer, row):\n    return -len(answer)\n")
     monkeypatch.chdir(tmp_path)

@@ -71,6 +71,31 @@ def test_a_bfloat16_reward_model_is_trained_whole_and_trained_on(chat_model: Pat
     assert lt.rewards(second, CHATS) != lt.rewards(first, CHATS)
 
 
+def test_a_process_reward_model_tells_right_steps_from_wrong_ones(chat_model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Add {i}.", "completions": ["It is right.", "No way?", "It is so."], "labels": [True, False, True]}
+        for i in range(16)
+    ]
+    data = tmp_path / "steps.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = lt.load(str(chat_model))
+    given = {"adapter": lt.LoRA(r=4), "learning_rate": 5e-3, "epochs": 8, "batch_size": 4, "eval_fraction": 0.25}
+    lt.process_reward(model, data=data, output=tmp_path / "run", **given)  # type: ignore[attr-defined]
+    *_, last = [
+        line for line in read_metrics(tmp_path / "run" / "00-process_reward" / "metrics.jsonl") if "eval_loss" in line
+    ]
+    assert last["eval_rewards/accuracies"] == 1
+    lt.save(model, tmp_path / "saved")
+    judge = lt.load_reward(str(tmp_path / "saved"))
+    asked = [{"role": "user", "content": "Add 99."}]
+    right, wrong, so = lt.step_rewards(judge, asked, ["It is right.", "No way?", "It is so."])
+    assert right > 0 > wrong
+    assert so > 0
+    assert lt.step_rewards(judge, asked, ["It is right."]) == pytest.approx([right], abs=1e-5), (
+        "later steps change nothing"
+    )
+
+
 def test_a_later_stage_does_not_take_a_reward_model_for_a_language_model(chat_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(chat_model, tmp_path, max_steps=1)
     run_recipe(recipe)

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, on
     "simpo": ("train", "Learn from pairs of answers by their mean log-probabilities."),
     "cpo": ("train", "Learn from pairs of answers and imitate the better, without a reference model."),
     "reward": ("train", "Train a reward model on pairs of answers."),
+    "process-reward": ("train", "Train a reward model on answers whose steps are labelled."),
     "iterative-dpo": ("train", "Sample answers, let a judge rank them, learn from the pairs, and again."),
     "rlaif": ("train", "The same with a language model as the judge."),
     "generate": ("generate", "Answer prompts."),

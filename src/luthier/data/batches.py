@@ -34,8 +34,9 @@ class TokenBatch:
     rising. target_counts: targets of each sequence. last_index: [sequences], the position of its last token.
 
     Of preferences, pairs: [pairs, 2], the better sequence and the worse; margins: [pairs], by how much where it is
-    known, else 0. Of feedback, desirable: [sequences] bool; mismatched: a batch of answers to other prompts; baseline:
-    a scalar made of them. reference: [sequences], the reference model's log p of each sequence's targets.
+    known, else 0. Of answers in steps, correct: [targets] bool. Of feedback, desirable: [sequences] bool; mismatched: a
+    batch of answers to other prompts; baseline: a scalar made of them. reference: [sequences], the reference model's
+    log p of each sequence's targets.
     """
 
     token_ids: Tensor
@@ -49,6 +50,7 @@ class TokenBatch:
     last_index: Tensor
     pairs: Tensor
     margins: Tensor
+    correct: Tensor | None = None
     desirable: Tensor | None = None
     reference: Tensor | None = None
     mismatched: "TokenBatch | None" = None
@@ -137,6 +139,7 @@ class _Laid:
             last_index=torch.tensor(self.last_index),
             pairs=torch.tensor(self.pairs, dtype=torch.int64).view(-1, 2),
             margins=torch.tensor(self.margins),
+            correct=_each([flag for g in groups for flag in g.correct or (None,)], torch.bool),
             desirable=_each([g.desirable for g in groups for _ in g.sequences], torch.bool),
             reference=_each([n for g in groups for n in g.reference or (None,)], torch.float32),
             mismatched=_mismatched(groups),

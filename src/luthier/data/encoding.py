@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.data.examples import Chat, Example, Feedback, Origin, Preference, Prompt, Text
+from luthier.data.examples import Chat, Example, Feedback, Origin, Preference, Prompt, Steps, Text
 from luthier.data.masks import TrainOn, encode_chat, encode_prompt, encode_text
-from luthier.data.pairs import encode_feedback, encode_preference
+from luthier.data.pairs import encode_feedback, encode_preference, encode_steps
 from luthier.data.sequences import Item, TokenSequence
 from luthier.errors import DataError
 
@@ -34,6 +34,8 @@ def encode(example: Example, origin: Origin, tokenizer: PreTrainedTokenizerBase,
             return [encode_preference(example, origin, tokenizer)]
         case Feedback():
             return [encode_feedback(example, origin, tokenizer)]
+        case Steps():
+            return [encode_steps(example, origin, tokenizer)]
         case Prompt():
             return [_asked(example, origin, tokenizer)]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Chat", "Example", "Feedback", "Message", "Origin", "Preference", "Prompt", "Text", "ToolCall"]
+__all__ = ["Chat", "Example", "Feedback", "Message", "Origin", "Preference", "Prompt", "Steps", "Text", "ToolCall"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,4 +93,14 @@ class Prompt:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
-Example = Text | Chat | Preference | Feedback | Prompt
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """An answer in steps, and of each step whether it is right."""
+
+    prompt: tuple[Message, ...]
+    steps: tuple[str, ...]
+    correct: tuple[bool, ...]
+    tools: tuple[dict[str, Any], ...] = field(default=())
+
+
+Example = Text | Chat | Preference | Feedback | Prompt | Steps

@@ -24,19 +24,21 @@ from luthier.data.preference_formats import (
     sharegpt_feedback,
     sharegpt_preference,
     sharegpt_prompt,
+    steps,
 )
 from luthier.data.strict_json import describe
 from luthier.errors import DataError
 
 __all__ = ["FORMATS", "Format", "Task", "check_names", "map_columns", "recognise", "to_example"]
 
-Task = Literal["imitate", "prefer", "judge", "ask"]
+Task = Literal["imitate", "prefer", "judge", "grade", "ask"]
 """What a row is for: to write its answer, to know the better of its answers, to know whether its one answer is
-desirable, or to be answered.
+desirable, or which of its steps are right, or to be answered.
 """
 
 # The task that asks most of a row comes first, so a row that fits several is for that one.
 _MEANINGS: dict[Task, str] = {
+    "grade": "an answer in steps with a label for each; train on it with process_reward",
     "prefer": "a preference pair or ranking; train on it with dpo, ipo, orpo, simpo, cpo or reward",
     "judge": "an answer with a verdict, good or bad; train on it with kto",
     "imitate": "an example to imitate; train on it with sft or pretrain",
@@ -151,6 +153,12 @@ FORMATS: dict[str, Format] = {
     "feedback_messages": Format(feedback_messages, needs=("messages", _VERDICT), may=_CHAT, task="judge"),
     "sharegpt_feedback": Format(
         sharegpt_feedback, needs=("conversations|conversation", _VERDICT), may=_CHAT, task="judge"
+    ),
+    "steps": Format(
+        steps,
+        needs=("prompt|instruction|question", "completions|steps", "labels"),
+        may=("input", *_CHAT),
+        task="grade",
     ),
     "prompt": Format(prompt, needs=("prompt|instruction|question",), may=("input", *_CHAT), task="ask"),
     "prompt_messages": Format(prompt_messages, needs=("messages",), may=_CHAT, task="ask"),

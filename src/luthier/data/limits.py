@@ -53,7 +53,10 @@ def _cut(item: Item, length: int) -> Item | None:
         return _shortened(item, length)
     sequences = tuple(_shortened(sequence, length) for sequence in item.sequences)
     differ = len({sequence.token_ids.tobytes() for sequence in sequences}) == len(sequences)
-    return replace(item, sequences=sequences) if differ and all(one.num_trained for one in sequences) else None
+    if not differ or not all(one.num_trained for one in sequences):
+        return None
+    correct = None if item.correct is None else item.correct[: sequences[0].num_trained]
+    return replace(item, sequences=sequences, correct=correct)
 
 
 def _shortened(sequence: TokenSequence, length: int) -> TokenSequence:

@@ -15,16 +15,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.examples import Chat, Feedback, Message, Origin, Preference
+from luthier.data.examples import Chat, Feedback, Message, Origin, Preference, Steps
 from luthier.data.masks import encode_chat, encode_prompt
 from luthier.data.sequences import TokenGroup, TokenSequence
-from luthier.data.templates import encode_whole
+from luthier.data.templates import conversation_of, encode_whole
 from luthier.errors import DataError, TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_feedback", "encode_for_reward", "encode_preference", "num_prompt", "with_mismatched"]
+__all__ = [
+    "encode_feedback",
+    "encode_for_reward",
+    "encode_preference",
+    "encode_steps",
+    "num_prompt",
+    "with_mismatched",
+]
 
 
 def encode_preference(example: Preference, origin: Origin, tokenizer: PreTrainedTokenizerBase) -> TokenGroup:
@@ -61,6 +68,25 @@ def encode_feedback(example: Feedback, origin: Origin, tokenizer: PreTrainedToke
     *prompt, answer = example.chat.messages
     sequence = _answered(prompt, [answer], example.chat.tools, origin, tokenizer)
     return TokenGroup((sequence,), desirable=example.desirable)
+
+
+def encode_steps(example: Steps, origin: Origin, tokenizer: PreTrainedTokenizerBase) -> TokenGroup:
+    """The prompt, and each step with a line break behind it, tokenized by itself; called trained is its last token.
+
+    Raises TemplateError, with origin and reason, if the template refuses the prompt.
+    """
+    try:
+        conversation = conversation_of(Chat(example.prompt, example.tools), tokenizer)
+        encoder = conversation.dialect.encoder
+        pieces = [encode_prompt(Chat(example.prompt, example.tools), tokenizer)]
+        pieces += [encoder.encode(encoder.guard(f"{step}\n"), continues=True) for step in example.steps]
+    except DataError as error:
+        raise type(error)(f"{origin}: {error}") from error
+    ends = np.cumsum([len(piece) for piece in pieces])
+    trained = np.zeros(ends[-1], dtype=np.bool_)
+    trained[ends[1:] - 1] = True
+    sequence = TokenSequence(np.concatenate(pieces).astype(np.int32), trained, origin)
+    return TokenGroup((sequence,), correct=example.correct)
 
 
 def num_prompt(sequence: TokenSequence) -> int:

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from luthier.data.conversations import chat, conversation, joined, list_of, text_of, text_or_turns, turns_of
-from luthier.data.examples import Example, Feedback, Message, Preference, Prompt
+from luthier.data.examples import Example, Feedback, Message, Preference, Prompt, Steps
 from luthier.data.strict_json import describe
 from luthier.errors import DataError
 
@@ -27,6 +27,7 @@ __all__ = [
     "sharegpt_feedback",
     "sharegpt_preference",
     "sharegpt_prompt",
+    "steps",
 ]
 
 _Turns = list[Message]
@@ -94,6 +95,16 @@ def feedback_messages(row: _Row) -> Example:
 def sharegpt_feedback(row: _Row) -> Example:
     """ShareGPT conversations that end with an answer, and whether that is desirable."""
     return _feedback(turns_of("conversations", row["conversations"]), row)
+
+
+def steps(row: _Row) -> Example:
+    """A prompt, the steps of an answer as texts, and a label for each, whether it is right."""
+    asked = chat([*_prompt(row), Message("assistant", "-")], system=row.get("system"), tools=row.get("tools"))
+    said = [text_of(f"step {i}", one) for i, one in enumerate(list_of('"completions"', row["completions"]), start=1)]
+    labels = list_of('"labels"', row["labels"])
+    if not said or len(said) != len(labels):
+        raise DataError(f"there are {len(said)} steps and {len(labels)} labels; each step needs one")
+    return Steps(asked.messages[:-1], tuple(said), tuple(map(_verdict, labels)), asked.tools)
 
 
 def prompt(row: _Row) -> Example:

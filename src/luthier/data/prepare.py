@@ -22,7 +22,7 @@ from luthier.data.pairs import encode_for_reward, with_mismatched
 from luthier.data.reading import Reading, read_examples
 from luthier.data.sequences import Item, TokenGroup, TokenSequence, sequences_of
 from luthier.errors import DataError
-from luthier.recipe.preference import KTO, Answers, Reward
+from luthier.recipe.preference import KTO, Answers, ProcessReward, Reward, RewardModel
 from luthier.recipe.training import SFT, OnChats, Pretrain, Training
 
 __all__ = ["Counts", "Prepared", "prepare", "task_of"]
@@ -31,6 +31,7 @@ _TASKS: dict[type[Training], Task] = {
     Pretrain: "imitate",
     SFT: "imitate",
     KTO: "judge",
+    ProcessReward: "grade",
     Answers: "prefer",
 }
 
@@ -162,7 +163,7 @@ def _encoded(
 def _train_on(settings: Training) -> TrainOn | None:
     """As conversations are encoded and audited; None where no token is learned to end a turn."""
     match settings:
-        case Pretrain() | Reward():
+        case Pretrain() | RewardModel():
             return None
         case SFT():
             return settings.train_on

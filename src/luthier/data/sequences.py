@@ -45,13 +45,15 @@ class TokenGroup:
     Of a preference the sequences are the answers, the best first; of feedback one answer. Trained are an answer's
     tokens and nothing before.
 
-    scores: one for each sequence, or None. desirable: of feedback. mismatched: for KTO, another row's answer to this
+    scores: one for each sequence, or None. desirable: of feedback. correct: of an answer in steps, whether each is
+    right; trained are then the last tokens of the steps. mismatched: for KTO, another row's answer to this
     prompt; it is not trained. reference: log p of each sequence's trained tokens by the reference model, in nats.
     """
 
     sequences: tuple[TokenSequence, ...]
     scores: tuple[float, ...] | None = None
     desirable: bool | None = None
+    correct: tuple[bool, ...] | None = None
     mismatched: TokenSequence | None = None
     reference: tuple[float, ...] | None = None
     mismatched_reference: float | None = None

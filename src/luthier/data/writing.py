@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, Text, ToolCall
+from luthier.data.examples import Chat, Example, Feedback, Message, Preference, Prompt, Steps, Text, ToolCall
 from luthier.data.sources import BadRow
 from luthier.errors import DataError
 from luthier.files import replacing
@@ -72,6 +72,9 @@ def _example_row(example: Example) -> dict[str, Any]:
             row = {"prompt": _turns(example.messages)}
         case Preference():
             row = _preference_row(example)
+        case Steps():
+            steps = {"completions": list(example.steps), "labels": list(example.correct)}
+            row = {"prompt": _turns(example.prompt), **steps}
     return row | {"tools": list(example.tools)} if example.tools else row
 
 

@@ -121,16 +121,19 @@ def put_prefix(
     return key, value, torch.cat([seen.expand(*rows, -1), mask.expand(*rows, -1)], dim=-1)
 
 
-def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
-    """Which token sees which, [tokens, tokens]: itself and the window - 1 before it."""
-    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+def window_mask(num_keys: int, window: int, device: torch.device, *, num_queries: int | None = None) -> Tensor:
+    """Which token sees which, [queries, keys]: itself and the window - 1 before it. num_queries: of the last tokens."""
+    keys = torch.arange(num_keys, device=device)
+    first = 0 if num_queries is None else num_keys - num_queries
+    distance = keys[first:, None] - keys
+    return (distance >= 0) & (distance < window)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
     num_queries, num_keys = query.shape[2], key.shape[2]
     mask = None
     if window is not None or num_queries < num_keys:
-        mask = window_mask(num_keys, num_keys if window is None else window, query.device)[-num_queries:]
+        mask = window_mask(num_keys, window or num_keys, query.device, num_queries=num_queries)
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,

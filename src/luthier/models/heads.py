@@ -78,14 +78,16 @@ def head_outline(config: PretrainedConfig, name: str) -> PreTrainedModel:
     return network
 
 
-def score_rewards(model: Model | PreTrainedModel, batch: TokenBatch) -> Tensor:
+def score_rewards(model: Model | PreTrainedModel, batch: TokenBatch, places: Tensor | None = None) -> Tensor:
     """r = w . h, with h the last hidden state at each sequence's last token: [sequences], differentiable.
 
-    In float32 at least, whatever the network's type. Stiennon et al. 2020, section 3.4.
+    places: other positions of the stream to read rewards at. In float32 at least, whatever the network's type.
+    Stiennon et al. 2020, section 3.4.
     """
     network = model.network if isinstance(model, Model) else model
     batch = batch.to(network.device)
-    hidden, weight = hidden_states(network, batch)[batch.last_index], network.get_submodule(HEAD).weight
+    places = batch.last_index if places is None else places
+    hidden, weight = hidden_states(network, batch)[places], network.get_submodule(HEAD).weight
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rewards: Tensor = (hidden.to(wide) @ weight.to(wide).T).squeeze(-1)
     return rewards

@@ -15,7 +15,8 @@ import torch
 from luthier.adapters.peft_format import read_adapter
 from luthier.data.batches import collate, pack
 from luthier.data.conversations import turns_of
-from luthier.data.examples import Chat, Origin
+from luthier.data.examples import Chat, Origin, Steps
+from luthier.data.pairs import encode_steps
 from luthier.data.sequences import TokenSequence
 from luthier.data.templates import encode_whole
 from luthier.errors import DataError, ModelError
@@ -24,7 +25,7 @@ from luthier.models.heads import score_rewards, trains_head, with_head
 from luthier.models.load import Model, config_of, gives_rewards, load_either
 from luthier.models.sources import resolve
 
-__all__ = ["load_reward", "rewards"]
+__all__ = ["load_reward", "rewards", "step_rewards"]
 
 ChatLike = Chat | Sequence[Mapping[str, Any]]
 
@@ -75,6 +76,21 @@ def rewards(model: Model, chats: Sequence[ChatLike], *, batch_tokens: int = 4096
         found[members] = score_rewards(model, collate([sequences[i] for i in members])).float().cpu()
     values: list[float] = found.tolist()
     return values
+
+
+@torch.no_grad()
+def step_rewards(model: Model, prompt: ChatLike, steps: Sequence[str]) -> list[float]:
+    """Of a process reward model, the reward of each step of an answer: s(r) is how likely the step is right.
+
+    prompt: the messages before the answer. Raises DataError where it cannot be read, or no step is given.
+    """
+    asked = prompt if isinstance(prompt, Chat) else Chat(tuple(turns_of("messages", list(prompt))))
+    if not steps:
+        raise DataError("there are no steps; give at least one")
+    example = Steps(asked.messages, tuple(steps), (True,) * len(steps), asked.tools)
+    batch = collate([encode_steps(example, Origin("steps", 1), model.tokenizer)]).to(model.device)
+    found: list[float] = score_rewards(model, batch, batch.target_index + 1).float().tolist()
+    return found
 
 
 def _sequence(model: Model, chat: ChatLike, number: int) -> TokenSequence:

@@ -1,11 +1,14 @@
-"""The loss of a reward model: of two answers the better one shall have the higher reward."""
+"""Losses of reward models: of two answers the better one shall have the higher reward, of an answer's steps the right
+ones a positive one.
+"""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from luthier.objectives.loss import Loss
 
-__all__ = ["bradley_terry"]
+__all__ = ["bradley_terry", "stepwise"]
 
 
 def bradley_terry(rewards: Tensor, pairs: Tensor, *, margins: Tensor | None = None, center: float = 0.0) -> Loss:
@@ -23,3 +26,16 @@ def bradley_terry(rewards: Tensor, pairs: Tensor, *, margins: Tensor | None = No
         "rewards/accuracies": (margin > 0).to(margin.dtype),
     }
     return Loss(losses + center * (chosen + rejected).square(), unit="pairs", metrics=metrics)
+
+
+def stepwise(rewards: Tensor, correct: Tensor) -> Loss:
+    """-log s(r) of a step that is right, -log s(-r) of one that is not: s(r) is how likely it is right
+
+    Lightman et al. 2023, section 2.6; Uesato et al. 2022. rewards: [steps], at each step's end. correct: [steps] bool.
+    The unit is the step, which a batch counts as a token.
+    """
+    metrics = {
+        **{"rewards/correct": (rewards, correct), "rewards/incorrect": (rewards, ~correct)},
+        "rewards/accuracies": ((rewards > 0) == correct).to(rewards.dtype),
+    }
+    return Loss(torch.where(correct, softplus(-rewards), softplus(rewards)), unit="tokens", metrics=metrics)

@@ -26,7 +26,7 @@ from luthier.models.quantize import quantized_as
 from luthier.models.save import save
 from luthier.models.sources import ResolvedSource, resolve
 from luthier.models.trainable import checkpoint_layers
-from luthier.recipe.preference import Reward
+from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import DType, Training
 from luthier.training.checkpoints import load_trained
 
@@ -119,7 +119,7 @@ def store_trained(model: Model, settings: Training, folder: Path, place: Path) -
         save(model, place)
     else:
         stored = load_either(str(model.source.folder), dtype="fp32", environment=model.source.environment)
-        if isinstance(settings, Reward):
+        if isinstance(settings, RewardModel):
             stored = with_head(stored, seed=settings.seed)
         stored.tokenizer = model.tokenizer
         load_trained(stored.network, folder / "checkpoints" / "last")
@@ -128,7 +128,7 @@ def store_trained(model: Model, settings: Training, folder: Path, place: Path) -
 
 def undo(model: Model, settings: Training) -> None:
     """After a stage that failed: the model as it was before it."""
-    if settings.adapter is None or quantized_as(model.network) or isinstance(settings, Reward):
+    if settings.adapter is None or quantized_as(model.network) or isinstance(settings, RewardModel):
         exchange(model, model.source)
     else:
         remove_adapters(model.network)

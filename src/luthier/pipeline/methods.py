@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.data.batches import TokenBatch
+from luthier.evaluate.calibration import calibration_error
 from luthier.models.heads import score_rewards
 from luthier.models.score import divergence, score
 from luthier.objectives.language import language_modelling
@@ -25,9 +26,9 @@ from luthier.objectives.preference import (
     odds_ratio,
     simple,
 )
-from luthier.objectives.reward import bradley_terry
+from luthier.objectives.reward import bradley_terry, stepwise
 from luthier.pipeline.reference import answer_logprobs, with_reference
-from luthier.recipe.preference import CPO, DPO, IPO, KTO, ORPO, Reference, Reward, SimPO
+from luthier.recipe.preference import CPO, DPO, IPO, KTO, ORPO, ProcessReward, Reference, Reward, SimPO
 from luthier.recipe.training import Training
 from luthier.training.loop import Guard, Measure, Objective, Preparation
 
@@ -40,6 +41,7 @@ __all__ = [
     "language_method",
     "next_tokens",
     "odds_ratio_method",
+    "process_reward_method",
     "reward_method",
     "simple_method",
 ]
@@ -160,7 +162,29 @@ def reward_method(settings: Reward) -> Method:
             score_rewards(network, batch), batch.pairs, margins=margins, center=settings.center_rewards
         )
 
+    return Method(objective, measure=_calibration)
+
+
+def process_reward_method(settings: ProcessReward) -> Method:
+    """A process reward model, which reads a reward off each step's last token."""
+
+    def objective(network: nn.Module, batch: TokenBatch) -> Loss:
+        assert isinstance(network, PreTrainedModel)
+        batch = batch.to(network.device)
+        assert batch.correct is not None, "each step has a label"
+        return stepwise(score_rewards(network, batch, batch.target_index + 1), batch.correct)
+
     return Method(objective)
+
+
+def _calibration(network: nn.Module, batches: Sequence[TokenBatch]) -> dict[str, float]:
+    """How far the rewards' confidence is from how often they are right."""
+    assert isinstance(network, PreTrainedModel)
+    margins: list[float] = []
+    for batch in batches:
+        rewards = score_rewards(network, batch).cpu()
+        margins += (rewards[batch.pairs[:, 0].cpu()] - rewards[batch.pairs[:, 1].cpu()]).tolist()
+    return {"rewards/calibration_error": calibration_error(margins)}
 
 
 def _with_divergence(method: Method, settings: Reference) -> Method:
@@ -168,13 +192,15 @@ def _with_divergence(method: Method, settings: Reference) -> Method:
     if settings.adapter is None or settings.reference is not None:
         return method
 
+    bound = settings.max_kl
+
     def guard(measured: dict[str, float]) -> str | None:
         found = measured["kl_per_token"]
-        if settings.max_kl is None or found <= settings.max_kl:
+        if bound is None or found <= bound:
             return None
-        return f"the policy is {found:.3f} nats a token from its reference, over max_kl {settings.max_kl}"
+        return f"the policy is {found:.3f} nats a token from its reference, over max_kl {bound}"
 
-    return replace(method, measure=_divergence, guard=guard)
+    return replace(method, measure=_divergence, guard=None if bound is None else guard)
 
 
 @torch.no_grad()

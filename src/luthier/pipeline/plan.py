@@ -22,7 +22,7 @@ from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.reference import placeholders
 from luthier.pipeline.stages import STAGES
 from luthier.recipe import LoRA
-from luthier.recipe.preference import Reward
+from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import Training
 from luthier.training.footprint import Footprint, step_footprint
 from luthier.training.memory import available_bytes, resident_bytes, resident_in_files
@@ -196,7 +196,7 @@ def largest_micro_batch(settings: Training, prepared: Prepared, micro_batch_toke
 
 def _prepared(settings: Training, model_name: str) -> Prepared:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = outline(model_name, dtype=settings.dtype, either=isinstance(settings, Reward))
+        model = outline(model_name, dtype=settings.dtype, either=isinstance(settings, RewardModel))
     with tempfile.TemporaryDirectory() as folder:
         return prepare_data(settings, model, Path(folder))
 
@@ -212,7 +212,7 @@ def _resident_weights(network: PreTrainedModel | None) -> int:
 def _footprint(word: str, settings: Training, model_name: str, batch: TokenBatch) -> tuple[Model, int, Footprint]:
     """The model without weights, the bytes of its dense weights, and what a step holds."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = outline(model_name, dtype=settings.dtype, either=isinstance(settings, Reward))
+        model = outline(model_name, dtype=settings.dtype, either=isinstance(settings, RewardModel))
         dense = sum(p.nbytes for p in model.network.parameters())
         prepare_network(settings, model)
         state = fresh_state(settings, model, outline=True)

@@ -21,7 +21,7 @@ from luthier.models.quantize import quantize_base
 from luthier.models.trainable import checkpoint_layers, freeze_base, train_all_but
 from luthier.quant.linear import round_trip
 from luthier.recipe.adapters import AnyAdapter
-from luthier.recipe.preference import Reward
+from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import OnChats, Training
 from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
@@ -63,7 +63,7 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
     """Freezes, fuses, adapts and quantizes the network as the settings say; returns the adapters. A reward model's gets
     a head first, which is trained whole.
     """
-    if isinstance(settings, Reward):
+    if isinstance(settings, RewardModel):
         headed = with_head(model, seed=settings.seed)
         model.network, model.tokenizer = headed.network, headed.tokenizer
     fusion = fuse(model.network)
@@ -74,7 +74,7 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
         train_all_but(model.network, settings.freeze)
     else:
         scheme = settings.quantize_base
-        wanted = with_trained_head(settings.adapter) if isinstance(settings, Reward) else settings.adapter
+        wanted = with_trained_head(settings.adapter) if isinstance(settings, RewardModel) else settings.adapter
         adapters = adapt(model, wanted, seed=settings.seed, scheme=scheme)
         if scheme:
             quantize_base(model.network, scheme)
@@ -112,7 +112,7 @@ def fresh_state(settings: Training, model: Model, *, outline: bool = False) -> T
     stored: dict[str, Tensor] = {}
     if settings.adapter is None and settings.dtype != "fp32" and not outline:
         wide = load_either(str(model.source.folder), dtype="fp32", device=model.device)
-        if isinstance(settings, Reward):
+        if isinstance(settings, RewardModel):
             wide = with_head(wide, seed=settings.seed)
         stored = dict(wide.network.named_parameters())
     precision = Precision(float32_masters(model.network, stored))

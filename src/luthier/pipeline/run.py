@@ -27,7 +27,7 @@ from luthier.pipeline.report import write_report
 from luthier.pipeline.rounds import best_round, run_rounds
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Recipe, Stage, dump_recipe
-from luthier.recipe.preference import Reward
+from luthier.recipe.preference import RewardModel
 from luthier.recipe.rounds import IterativeDPO
 from luthier.training.callbacks import Callback
 
@@ -97,7 +97,7 @@ def run_stage(
     if isinstance(stage.settings, IterativeDPO):
         summary = _run_rounds(stage.settings, source, folder, destination, callbacks)
     else:
-        of_reward = isinstance(stage.settings, Reward)  # which alone trains a reward model on
+        of_reward = isinstance(stage.settings, RewardModel)  # which alone trains a reward model on
         model = (load_either if of_reward else load)(source, dtype=stage.settings.dtype)
         _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks, to_be_merged=not last)
         _hand_over(stage, model, folder, destination)

@@ -12,6 +12,7 @@ from luthier.pipeline.methods import (
     identity_method,
     language_method,
     odds_ratio_method,
+    process_reward_method,
     reward_method,
     simple_method,
 )
@@ -37,6 +38,7 @@ STAGES: dict[str, StageKind] = {
     "simpo": StageKind(simple_method, "Learn from pairs of answers by their mean log-probabilities."),
     "cpo": StageKind(contrastive_method, "Learn from pairs of answers and imitate the better, without a reference."),
     "reward": StageKind(reward_method, "Train a reward model on pairs of answers."),
+    "process_reward": StageKind(process_reward_method, "Train a reward model on answers whose steps are labelled."),
     "iterative_dpo": StageKind(
         direct_method, "Sample answers, let a judge rank them, learn from the pairs, and again."
     ),

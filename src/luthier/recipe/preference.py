@@ -27,8 +27,10 @@ __all__ = [
     "Policy",
     "Preference",
     "PreferenceFormat",
+    "ProcessReward",
     "Reference",
     "Reward",
+    "RewardModel",
     "SimPO",
 ]
 
@@ -205,7 +207,14 @@ class CPO(Preference):
     """How much the loss of imitating the best answer, a token, is added."""
 
 
-class Reward(Answers):
+class RewardModel(Answers):
+    """What stages that give a model a scalar head share."""
+
+    learning_rate: _Positive = Field(default_factory=usual_rate(adapter=2e-4, full=1e-5))
+    """The highest learning rate; by default 2e-4 with LoRA, more with adapters that are smaller, 1e-5 without."""
+
+
+class Reward(RewardModel):
     """A reward model: one number for a conversation, higher for the better answer."""
 
     output: Word = "runs/reward"
@@ -220,8 +229,15 @@ class Reward(Answers):
     center_rewards: _NotNegative = 0.01
     """How strongly the mean of a pair's two rewards is drawn to zero."""
 
-    learning_rate: _Positive = Field(default_factory=usual_rate(adapter=2e-4, full=1e-5))
-    """The highest learning rate; by default 2e-4 with LoRA, more with adapters that are smaller, 1e-5 without."""
+
+class ProcessReward(RewardModel):
+    """A process reward model: one number for each step of an answer, positive for a right one."""
+
+    output: Word = "runs/process_reward"
+    """The folder of the run: metrics, checkpoints, adapter, model and report."""
+
+    format: Literal["steps"] | None = None
+    """The format of the rows: prompt, completions (a list of steps) and labels."""
 
 
 def _reference_problems(settings: Reference) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 What a stage does stands in `pipeline/stages.py`, row by row with this table; here are only words and settings.
 """
 
-from luthier.recipe.preference import CPO, DPO, IPO, KTO, ORPO, Reward, SimPO
+from luthier.recipe.preference import CPO, DPO, IPO, KTO, ORPO, ProcessReward, Reward, SimPO
 from luthier.recipe.rounds import RLAIF, IterativeDPO
 from luthier.recipe.training import SFT, Pretrain, Training
 
@@ -12,5 +12,5 @@ __all__ = ["STAGE_SETTINGS"]
 STAGE_SETTINGS: dict[str, type[Training]] = {
     **{"pretrain": Pretrain, "sft": SFT},
     **{"dpo": DPO, "ipo": IPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "cpo": CPO},
-    **{"reward": Reward, "iterative_dpo": IterativeDPO, "rlaif": RLAIF},
+    **{"reward": Reward, "process_reward": ProcessReward, "iterative_dpo": IterativeDPO, "rlaif": RLAIF},
 }

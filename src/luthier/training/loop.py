@@ -82,11 +82,15 @@ def fit(run: Run) -> Metrics:
         callback.on_start(progress.step, num_steps)
     try:
         if run.eval_batches and progress.step == 0:
-            _evaluate(run)
+            best = _evaluate(run)
+            if run.guard and run.checkpoints:  # there must be something to go back to
+                run.checkpoints.save(run.state, best=best)
         while progress.step < num_steps and not progress.early_stopped:
             metrics = train_step(run)
             _tell(run, metrics)
             _evaluate_and_save(run, last=progress.step == num_steps)
+        if progress.stopped_by:
+            _go_back(run)
     finally:
         for callback in run.callbacks:
             callback.on_end()
@@ -234,15 +238,12 @@ def _evaluate_and_save(run: Run, *, last: bool) -> None:
         best = _evaluate(run)
     if run.checkpoints and (last or best or progress.early_stopped or _due(run, settings.save_every)):
         run.checkpoints.save(run.state, best=best)
-        if progress.stopped_by:
-            _go_back(run)
 
 
 def _go_back(run: Run) -> None:
     """The best weights so far, after a guard has ended the training; that it ended stays in its progress."""
-    assert run.checkpoints is not None
-    progress, best = run.state.progress, run.checkpoints.best()
-    if best is not None:
+    progress, best = run.state.progress, run.checkpoints.best() if run.checkpoints else None
+    if run.checkpoints and best:
         run.checkpoints.load(best, run.state)
         logger.warning("going back to the best checkpoint, %s", best.name)
     run.state.progress = progress
