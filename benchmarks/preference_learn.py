@@ -31,7 +31,7 @@ from luthier.data.writing import write_examples
 from luthier.evaluate.significance import wilson_interval
 from luthier.models.load import Model
 from luthier.models.rewards import rewards
-from luthier.pipeline.reference import answer_logprobs
+from luthier.models.score import sequence_logprobs
 
 SHARED = Path("../shared/data")
 DATA = {
@@ -74,7 +74,7 @@ def accuracy(model: Model, pairs: Sequence[Preference]) -> float:
     won = 0
     for members in pack([len(g) for g in groups], 2048):
         batch = collate([groups[i] for i in members])
-        means = answer_logprobs(model.network, batch) / torch.tensor(batch.target_counts)
+        means = sequence_logprobs(model.network, batch) / torch.tensor(batch.target_counts)
         won += int((means[batch.pairs[:, 0]] > means[batch.pairs[:, 1]]).sum())
     return won / len(groups)
 

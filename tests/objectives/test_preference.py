@@ -18,11 +18,11 @@ from luthier.objectives.preference import (
     PAIR_LOSSES,
     Answers,
     Verdicts,
-    contrastive,
-    direct,
-    kahneman_tversky,
-    odds_ratio,
-    simple,
+    cpo,
+    dpo,
+    kto,
+    orpo,
+    simpo,
 )
 from luthier.recipe.preference import DPO, PairLoss
 
@@ -57,10 +57,10 @@ MONOTONE = ("apo_zero", "bco_pair", "hinge", "robust", "sigmoid", "sigmoid_norm"
 
 # Every objective of pairs, with settings at which none of its terms is absent.
 FAMILIES: dict[str, Callable[[Answers], Loss]] = {
-    **{name: partial(direct, loss=name, beta=0.1, label_smoothing=0.1, sft_weight=0.2) for name in PAIR_LOSSES},
-    "cpo": partial(contrastive, beta=0.1, label_smoothing=0.1),
-    "orpo": partial(odds_ratio, beta=0.1),
-    "simpo": partial(simple, beta=2.0, gamma=1.0),
+    **{name: partial(dpo, loss_type=name, beta=0.1, label_smoothing=0.1, sft_weight=0.2) for name in PAIR_LOSSES},
+    "cpo": partial(cpo, beta=0.1, label_smoothing=0.1),
+    "orpo": partial(orpo, beta=0.1),
+    "simpo": partial(simpo, beta=2.0, gamma=1.0),
 }
 
 # Within 20 nats, so that the plain formulas' exp(-z / 0.05) does not overflow at beta 0.5.
@@ -99,7 +99,7 @@ def test_a_loss_of_pairs_equals_its_papers_formula(name: str, pairs: list[Pair],
     for (chosen, chosen_reference, n), (rejected, rejected_reference, m) in pairs:
         c, r = chosen - chosen_reference, rejected - rejected_reference
         expected.append(PAPERS[name](c / n, r / m, beta, e) if name in OF_MEANS else PAPERS[name](c, r, beta, e))
-    loss = direct(answers_of(pairs), name, beta=beta, label_smoothing=e)
+    loss = dpo(answers_of(pairs), name, beta=beta, label_smoothing=e)
     assert loss.unit == "pairs"
     assert loss.per_unit.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
@@ -109,7 +109,7 @@ def test_simpo_equals_its_papers_formula(pairs: list[Pair], beta: float, gamma: 
     """Meng et al. 2024, eq. 6: no reference model, and means of tokens."""
     expected = [-log(s(beta / n * chosen - beta / m * rejected - gamma)) for (chosen, _, n), (rejected, _, m) in pairs]
     without_reference = replace(answers_of(pairs), reference=None)
-    losses = simple(without_reference, beta=beta, gamma=gamma).per_unit
+    losses = simpo(without_reference, beta=beta, gamma=gamma).per_unit
     assert losses.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -118,7 +118,7 @@ def test_cpo_equals_its_papers_formula(pairs: list[Pair], beta: float, e: float,
     """Xu et al. 2024, eq. 5: DPO with a uniform reference, and the better answer imitated, here a token."""
     expected = [PAPERS["sigmoid"](c, r, beta, e) - weight * c / n for (c, _, n), (r, _, _) in pairs]
     without_reference = replace(answers_of(pairs), reference=None)
-    losses = contrastive(without_reference, beta=beta, label_smoothing=e, sft_weight=weight).per_unit
+    losses = cpo(without_reference, beta=beta, label_smoothing=e, sft_weight=weight).per_unit
     assert losses.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -129,7 +129,7 @@ def test_orpo_equals_its_papers_formula(pairs: list[Pair], beta: float, weight: 
     for (chosen, _, n), (rejected, _, m) in pairs:
         odds = [exp(mean) / (1 - exp(mean)) for mean in (chosen / n, rejected / m)]
         expected.append(-weight * chosen / n - beta * log(s(log(odds[0] / odds[1]))))
-    losses = odds_ratio(replace(answers_of(pairs), reference=None), beta=beta, sft_weight=weight).per_unit
+    losses = orpo(replace(answers_of(pairs), reference=None), beta=beta, sft_weight=weight).per_unit
     assert losses.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -145,14 +145,14 @@ def test_orpo_equals_its_papers_formula(pairs: list[Pair], beta: float, weight: 
 def test_a_policy_that_is_the_reference_starts_at_a_known_loss(name: str, expected: float) -> None:
     """At beta 0.1 and e 0.1: s(0) = 1/2, and 1 / (2 beta) = 5."""
     at_reference = answers_of([((-3.0, -3.0, 2), (-40.0, -40.0, 9))])
-    losses = direct(at_reference, name, beta=0.1, label_smoothing=0.1).per_unit
+    losses = dpo(at_reference, name, beta=0.1, label_smoothing=0.1).per_unit
     assert losses.tolist() == pytest.approx([expected])
 
 
 @given(pairs, betas)
 def test_dpos_gradient_is_its_papers(pairs: list[Pair], beta: float) -> None:
     """Rafailov et al. 2023, section 4: -beta s(r_rejected - r_chosen), and the opposite for the rejected answer."""
-    found = gradient(partial(direct, loss="sigmoid", beta=beta), answers_of(pairs))
+    found = gradient(partial(dpo, loss_type="sigmoid", beta=beta), answers_of(pairs))
     pulls = [beta * s(beta * (r - r_ref) - beta * (c - c_ref)) for (c, c_ref, _), (r, r_ref, _) in pairs]
     torch.testing.assert_close(found, torch.tensor([[-pull, pull] for pull in pulls], dtype=torch.float64))
 
@@ -160,7 +160,7 @@ def test_dpos_gradient_is_its_papers(pairs: list[Pair], beta: float) -> None:
 @given(pairs, betas)
 def test_orpos_gradient_is_its_papers(pairs: list[Pair], beta: float) -> None:
     """Hong et al. 2024, eq. 8 to 10: -beta / (1 + odds_c / odds_r) / (1 - p_c) in the better answer's mean."""
-    found = gradient(partial(odds_ratio, beta=beta, sft_weight=0.0), answers_of(pairs))
+    found = gradient(partial(orpo, beta=beta, sft_weight=0.0), answers_of(pairs))
     expected = []
     for (chosen, _, n), (rejected, _, m) in pairs:
         c, r = exp(chosen / n), exp(rejected / m)
@@ -173,7 +173,7 @@ def test_orpos_gradient_is_its_papers(pairs: list[Pair], beta: float) -> None:
 @given(pairs, betas)
 def test_a_likelier_better_answer_never_costs_more(name: str, pairs: list[Pair], beta: float) -> None:
     """Nor a likelier worse one less; the other losses aim at a finite margin or reward."""
-    found = gradient(partial(direct, loss=name, beta=beta, label_smoothing=0.0), answers_of(pairs))
+    found = gradient(partial(dpo, loss_type=name, beta=beta, label_smoothing=0.0), answers_of(pairs))
     assert bool((found[:, 0] <= 0).all())
     assert bool((found[:, 1] >= 0).all())
 
@@ -184,7 +184,7 @@ def test_what_both_answers_gain_counts_for_nothing(name: str, pairs: list[Pair],
     """The partition function of a prompt cancels (Rafailov et al. 2023, eq. 6)."""
     before = answers_of(pairs)
     after = replace(before, logps=before.logps + shift)
-    both = [direct(each, name, beta=0.1, label_smoothing=0.1).per_unit for each in (before, after)]
+    both = [dpo(each, name, beta=0.1, label_smoothing=0.1).per_unit for each in (before, after)]
     torch.testing.assert_close(*both, rtol=1e-9, atol=1e-9)
 
 
@@ -193,7 +193,7 @@ def test_what_both_answers_gain_counts_for_nothing(name: str, pairs: list[Pair],
 def test_smoothing_is_symmetric(name: str, pairs: list[Pair], e: float) -> None:
     """A share e of wrong labels costs what a share 1 - e costs with every pair turned round."""
     turned = [(rejected, chosen) for chosen, rejected in pairs]
-    loss = partial(direct, loss=name, beta=0.1)
+    loss = partial(dpo, loss_type=name, beta=0.1)
     there = loss(answers_of(pairs), label_smoothing=e).per_unit
     torch.testing.assert_close(there, loss(answers_of(turned), label_smoothing=1 - e).per_unit)
 
@@ -202,14 +202,14 @@ def test_smoothing_is_symmetric(name: str, pairs: list[Pair], e: float) -> None:
 def test_robust_dpo_is_unbiased(pairs: list[Pair], e: float) -> None:
     """Over labels of which a share e is turned round, its mean is the loss of DPO on the right ones."""
     right, turned = answers_of(pairs), answers_of([(rejected, chosen) for chosen, rejected in pairs])
-    robust = partial(direct, loss="robust", beta=0.1, label_smoothing=e)
+    robust = partial(dpo, loss_type="robust", beta=0.1, label_smoothing=e)
     mean = (1 - e) * robust(right).per_unit + e * robust(turned).per_unit
-    torch.testing.assert_close(mean, direct(right, "sigmoid", beta=0.1).per_unit)
+    torch.testing.assert_close(mean, dpo(right, "sigmoid", beta=0.1).per_unit)
 
 
 @given(pairs)
 def test_robust_without_wrong_labels_is_dpo(pairs: list[Pair]) -> None:
-    both = [direct(answers_of(pairs), name, beta=0.1).per_unit for name in ("robust", "sigmoid")]
+    both = [dpo(answers_of(pairs), name, beta=0.1).per_unit for name in ("robust", "sigmoid")]
     torch.testing.assert_close(*both)
 
 
@@ -220,7 +220,7 @@ def test_robust_without_wrong_labels_is_dpo(pairs: list[Pair]) -> None:
 def test_bounded_losses_are_least_where_they_aim_at(name: str, chosen: float, rejected: float) -> None:
     """At beta 0.1 and e 0.1: a mean margin of 5, rewards of 0.5 and -0.5, and s(z) = 0.9. Tokens are 2 and 2."""
     aimed = answers_of([((-50.0 + chosen, -50.0, 2), (-50.0 + rejected, -50.0, 2))])
-    objective = partial(direct, loss=name, beta=0.1, label_smoothing=0.1)
+    objective = partial(dpo, loss_type=name, beta=0.1, label_smoothing=0.1)
     assert objective(aimed).per_unit.tolist() == pytest.approx([0.0], abs=1e-12)
     torch.testing.assert_close(gradient(objective, aimed), torch.zeros(1, 2, dtype=torch.float64), rtol=0, atol=1e-9)
 
@@ -257,7 +257,7 @@ def test_pairs_of_a_ranking_cost_what_they_cost_alone(name: str) -> None:
 def test_every_loss_of_pairs_is_finite_with_a_recipes_defaults(name: str) -> None:
     settings = DPO.model_validate({"data": "pairs.jsonl", "loss_type": name})
     answers = answers_of([((-3.0, -5.0, 2), (-7.0, -6.0, 4))])
-    loss = direct(answers, name, beta=settings.beta, label_smoothing=settings.label_smoothing)
+    loss = dpo(answers, name, beta=settings.beta, label_smoothing=settings.label_smoothing)
     assert bool(loss.per_unit.isfinite().all())
 
 
@@ -265,7 +265,7 @@ def test_every_loss_of_pairs_is_finite_with_a_recipes_defaults(name: str) -> Non
 @given(pairs)
 def test_any_loss_can_add_imitation_of_the_better_answer(name: str, pairs: list[Pair]) -> None:
     """Minus its mean log p a token, and told as nll_loss, a mean over pairs."""
-    loss = partial(direct, answers_of(pairs), name, beta=0.1, label_smoothing=0.1)
+    loss = partial(dpo, answers_of(pairs), name, beta=0.1, label_smoothing=0.1)
     plain, added = loss(), loss(sft_weight=0.25)
     nll = torch.tensor([-chosen / n for (chosen, _, n), _ in pairs], dtype=torch.float64)
     torch.testing.assert_close(added.per_unit - plain.per_unit, 0.25 * nll, rtol=1e-9, atol=1e-9)
@@ -284,7 +284,7 @@ def test_pairs_are_told_of_by_the_usual_names(name: str) -> None:
 def test_rewards_are_beta_times_log_ratios() -> None:
     """A pair with equal rewards is not right: of three one is."""
     tied: Pair = ((-4.0, -5.0, 2), (-5.0, -6.0, 4))
-    loss = direct(
+    loss = dpo(
         answers_of([((-3.0, -5.0, 2), (-7.0, -6.0, 4)), ((-8.0, -5.0, 2), (-7.0, -7.0, 4)), tied]), "hinge", beta=0.5
     )
     expected = {
@@ -325,7 +325,7 @@ def test_kto_equals_its_papers_formula(rows: list[Verdict], beta: float, baselin
     for logp, reference, _, desirable in rows:
         gained = logp - reference - baseline
         expected.append(1.1 - 1.1 * s(beta * gained) if desirable else 0.7 - 0.7 * s(-beta * gained))
-    loss = kahneman_tversky(verdicts_of(rows, baseline), "kto", beta=beta, desirable_weight=1.1, undesirable_weight=0.7)
+    loss = kto(verdicts_of(rows, baseline), "kto", beta=beta, desirable_weight=1.1, undesirable_weight=0.7)
     assert loss.unit == "sequences"
     assert loss.per_unit.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -335,7 +335,7 @@ def test_unpaired_apo_zero_has_no_baseline(rows: list[Verdict], beta: float) -> 
     """D'Oosterlinck et al. 2024, eq. 7, one answer at a time: 1 - s(r) of a desirable one, s(r) of another."""
     expected = [1 - s(beta * (p - q)) if desirable else s(beta * (p - q)) for p, q, _, desirable in rows]
     for baseline in (None, 3.0):
-        loss = kahneman_tversky(verdicts_of(rows, baseline), "apo_zero_unpaired", beta=beta)
+        loss = kto(verdicts_of(rows, baseline), "apo_zero_unpaired", beta=beta)
         assert loss.per_unit.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert means(loss)["kl"] == 0
 
@@ -347,9 +347,7 @@ def test_an_answers_verdict_says_which_way_it_is_drawn(loss: str) -> None:
     for weight in (1.0, 0.0):
         verdicts = verdicts_of(rows, 0.5)
         logps = verdicts.logps.clone().requires_grad_()
-        kahneman_tversky(
-            replace(verdicts, logps=logps), loss, beta=0.1, undesirable_weight=weight
-        ).per_unit.sum().backward()
+        kto(replace(verdicts, logps=logps), loss, beta=0.1, undesirable_weight=weight).per_unit.sum().backward()
         assert logps.grad is not None
         assert logps.grad.sign().tolist() == [-1.0, weight]
 
@@ -360,7 +358,7 @@ def test_feedback_costs_something_finite_for_any_answer(loss: str) -> None:
     extremes = list(product([-1e4, -500.0, -1e-6], [-1e4, -1e-6], [7], [True, False]))
     verdicts = verdicts_of(extremes, 1e4, torch.float32)
     logps = verdicts.logps.clone().requires_grad_()
-    losses = kahneman_tversky(replace(verdicts, logps=logps), loss, beta=0.1, sft_weight=0.2).per_unit
+    losses = kto(replace(verdicts, logps=logps), loss, beta=0.1, sft_weight=0.2).per_unit
     losses.sum().backward()
     assert logps.grad is not None
     assert bool(losses.isfinite().all() and logps.grad.isfinite().all())
@@ -370,7 +368,7 @@ def test_feedback_costs_something_finite_for_any_answer(loss: str) -> None:
 @given(verdicts)
 def test_feedback_can_add_imitation_of_desirable_answers(loss: str, rows: list[Verdict]) -> None:
     """Minus their mean log p a token, and told as nll_loss, a mean over them alone."""
-    plain, added = (kahneman_tversky(verdicts_of(rows), loss, beta=0.1, sft_weight=w) for w in (0.0, 0.25))
+    plain, added = (kto(verdicts_of(rows), loss, beta=0.1, sft_weight=w) for w in (0.0, 0.25))
     nll = [-logp / n if desirable else 0.0 for logp, _, n, desirable in rows]
     assert (added.per_unit - plain.per_unit).tolist() == pytest.approx([0.25 * each for each in nll], abs=1e-9)
     assert added.kept["nll_loss"].tolist() == pytest.approx([sum(nll), sum(row[3] for row in rows)])
@@ -380,9 +378,9 @@ def test_feedback_can_add_imitation_of_desirable_answers(loss: str, rows: list[V
 def test_each_kind_of_feedback_is_averaged_over_itself() -> None:
     """Two desirable answers of three; where there is none of a kind, there are no numbers to average."""
     rows = [(-3.0, -5.0, 2, True), (-6.0, -5.0, 4, True), (-9.0, -6.0, 3, False)]
-    loss = kahneman_tversky(verdicts_of(rows, 0.25), "kto", beta=0.5)
+    loss = kto(verdicts_of(rows, 0.25), "kto", beta=0.5)
     assert means(loss) == pytest.approx(
         {"rewards/chosen": 0.25, "rewards/rejected": -1.5, "logps/chosen": -4.5, "logps/rejected": -9.0, "kl": 0.25}
     )
-    of_one_kind = kahneman_tversky(verdicts_of(rows[:2]), "kto", beta=0.5).kept
+    of_one_kind = kto(verdicts_of(rows[:2]), "kto", beta=0.5).kept
     assert of_one_kind["rewards/rejected"].tolist() == of_one_kind["logps/rejected"].tolist() == [0.0, 0.0]

@@ -22,8 +22,8 @@ URL = "http://localhost:8000/v1"
     [
         ({"type": "rule", "function": "judge.py:prefer"}, RuleJudge(function="judge.py:prefer")),
         ({"type": "reward", "model": "runs/reward/model"}, RewardJudge(model="runs/reward/model")),
-        ("local", LocalJudge()),
-        ({"type": "local", "criteria": "Be kind."}, LocalJudge(criteria="Be kind.")),
+        ({"type": "local", "model": "m"}, LocalJudge(model="m")),
+        ({"type": "local", "model": "m", "criteria": "Be kind."}, LocalJudge(model="m", criteria="Be kind.")),
         (
             {"type": "endpoint", "url": URL + "/", "model": "m", "api_key_env": "none", "timeout_seconds": "9"},
             EndpointJudge(url=URL, model="m", timeout_seconds=9),

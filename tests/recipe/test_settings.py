@@ -122,7 +122,7 @@ def test_the_nearest_name_is_found_by_spelling_and_by_what_peers_say(word: str, 
 
 
 def test_the_formats_are_those_that_data_reads() -> None:
-    further = {"judge": {"type": "local"}}
+    further = {"judge": {"type": "local", "model": "m"}}
     for task, kind in (("imitate", SFT), ("prefer", DPO), ("prefer", Reward), ("judge", KTO), ("ask", IterativeDPO)):
         given = {"data": "a", **(further if kind is IterativeDPO else {})}
         names = [name for name, known in FORMATS.items() if known.task == task]
@@ -142,7 +142,7 @@ def test_a_judge_that_reads_is_asked_of_rlaif() -> None:
         settings_from(RLAIF, {"data": "a"})
     with pytest.raises(RecipeError, match="iterative_dpo"):
         settings_from(RLAIF, {"data": "a", "judge": {"type": "rule", "function": "judge.py:score"}})
-    assert settings_from(RLAIF, {"data": "a", "judge": "local"}).judge.type == "local"
+    assert settings_from(RLAIF, {"data": "a", "judge": {"type": "local", "model": "m"}}).judge.type == "local"
 
 
 def test_what_has_no_effect_on_a_preference_is_refused() -> None:

@@ -26,7 +26,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, one line of help
     "run": ("run", "Run a recipe, or go on with it where it stopped."),
     "sft": ("train", "Fine-tune on conversations."),
-    "pretrain": ("train", "Go on pretraining on plain text."),
+    "pretrain": ("train", "Go on pretraining on plain text, with general text mixed in."),
     "dpo": ("train", "Learn from pairs of answers, against a reference model."),
     "ipo": ("train", "Learn from pairs of answers, towards a bounded margin."),
     "kto": ("train", "Learn from single answers that are desirable or not."),
@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, on
     "reward": ("train", "Train a reward model on pairs of answers."),
     "process-reward": ("train", "Train a reward model on answers whose steps are labelled."),
     "iterative-dpo": ("train", "Sample answers, let a judge rank them, learn from the pairs, and again."),
-    "rlaif": ("train", "The same with a language model as the judge."),
+    "rlaif": ("train", "Sample answers, let a language model rank them, learn from the pairs, and again."),
     "generate": ("generate", "Answer prompts."),
     "chat": ("chat", "Talk with a model."),
     "adapters": ("adapters", "Say what each type of adapter costs on a model; fuse several into one."),

@@ -21,8 +21,9 @@ from luthier.data.masks import TrainOn
 from luthier.data.pairs import encode_for_reward, with_mismatched
 from luthier.data.reading import Reading, read_examples
 from luthier.data.sequences import Item, TokenGroup, TokenSequence, sequences_of
-from luthier.errors import DataError
-from luthier.recipe.preference import KTO, Answers, ProcessReward, Reward, RewardModel
+from luthier.errors import DataError, RecipeError
+from luthier.recipe.preference import KTO, OnAnswers, ProcessReward, Reward, RewardModel
+from luthier.recipe.rounds import IterativeDPO
 from luthier.recipe.training import SFT, OnChats, Pretrain, Training
 
 __all__ = ["Counts", "Prepared", "prepare", "task_of"]
@@ -32,7 +33,7 @@ _TASKS: dict[type[Training], Task] = {
     SFT: "imitate",
     KTO: "judge",
     ProcessReward: "grade",
-    Answers: "prefer",
+    OnAnswers: "prefer",
 }
 
 
@@ -83,8 +84,10 @@ def prepare(
     """Reads, encodes, limits, splits and audits.
 
     eos_token_ids, padding_id: as the model's own settings have them.
-    Raises DataError for rows that do not fit and for data that would spoil the run.
+    Raises DataError for rows that do not fit and for data that would spoil the run, RecipeError for a stage in rounds.
     """
+    if isinstance(settings, IterativeDPO):
+        raise RecipeError("a stage in rounds has no data to train on before it samples some; ask about dpo instead")
     reading = _read(settings, settings.data, quarantine)
     if not reading.examples:
         raise DataError(f"{_named(settings.data)}: no usable row among {reading.num_rows}; see what is wrong with each")

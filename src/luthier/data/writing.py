@@ -65,6 +65,7 @@ def _example_row(example: Example) -> dict[str, Any]:
         return _example_row(example.chat) | {"label": example.desirable}
     if isinstance(example, Text):
         raise DataError("plain text cannot be written as messages; keep it as .txt or as rows with a text column")
+    row: dict[str, Any]
     match example:
         case Chat():
             row = {"messages": _turns(example.messages)}
@@ -73,8 +74,8 @@ def _example_row(example: Example) -> dict[str, Any]:
         case Preference():
             row = _preference_row(example)
         case Steps():
-            steps = {"completions": list(example.steps), "labels": list(example.correct)}
-            row = {"prompt": _turns(example.prompt), **steps}
+            row = {"prompt": _turns(example.prompt), "completions": list(example.steps)}
+            row["labels"] = list(example.correct)
     return row | {"tools": list(example.tools)} if example.tools else row
 
 

@@ -11,7 +11,7 @@ def calibration_error(margins: Sequence[float], *, num_bins: int = 10) -> float:
 
     margins: of pairs, the better answer's reward less the worse one's. The model's confidence in the answer that it
     prefers is s(|margin|), from 0.5 to 1, which bins of equal width divide; it is right where the margin is positive,
-    and half right where it is 0. Between 0 and 0.5; 0 without pairs.
+    and half right where it is 0. Between 0 and 1; 0 without pairs.
     """
     bins: list[list[tuple[float, float]]] = [[] for _ in range(num_bins)]
     for margin in margins:

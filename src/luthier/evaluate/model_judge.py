@@ -4,13 +4,10 @@ The model is shown both answers by its own chat template, and log p of "A" is he
 One forward pass, in which the question is computed once for both, so the same question always gets the same verdict.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
 from luthier.data.batches import collate, pack
 from luthier.data.examples import Chat, Origin
@@ -21,7 +18,7 @@ from luthier.errors import DataError
 from luthier.evaluate.judging_prompt import judging_messages
 from luthier.evaluate.verdicts import Question, Verdict, verdict_by_scores
 from luthier.models.load import Model
-from luthier.models.score import score
+from luthier.models.score import evaluating, sequence_logprobs
 from luthier.rollout.scoring import Failure, Score, finite
 
 __all__ = ["ModelJudge"]
@@ -69,26 +66,13 @@ class ModelJudge:
             return Failure("longer than the context", f"{longest} tokens of {context}")
         return TokenGroup(tuple(_sequence(prompt, reply, Origin("question", index + 1)) for reply in replies))
 
-    @torch.no_grad()
     def _margins(self, groups: Sequence[TokenGroup]) -> list[Score]:
         batch = collate(groups)
-        with _evaluating(self.model.network):
-            logprobs = score(self.model, batch).logprobs.double()
-        sums = logprobs.new_zeros(2 * len(groups)).index_add(0, batch.target_sequence.to(logprobs.device), logprobs)
+        with evaluating(self.model.network):
+            sums = sequence_logprobs(self.model, batch)
         return [finite(margin) for margin in (sums[0::2] - sums[1::2]).tolist()]
 
 
 def _sequence(prompt: Sequence[int], reply: Sequence[int], origin: Origin) -> TokenSequence:
     token_ids = np.asarray([*prompt, *reply], dtype=np.int32)
     return TokenSequence(token_ids, np.arange(len(token_ids)) >= len(prompt), origin)
-
-
-@contextmanager
-def _evaluating(network: PreTrainedModel) -> Iterator[None]:
-    """Without dropout."""
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)

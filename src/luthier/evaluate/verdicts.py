@@ -139,14 +139,16 @@ def compare_both_orders(judge: Judge, questions: Sequence[Question]) -> tuple[li
     """One verdict for each question, in their order: an answer wins only if it does in both places.
 
     Anything else that was judged is a tie, and one order that failed is a failure  (Zheng et al. 2023, section 3.4).
-    A ScalarJudge is asked once.
+    A ScalarJudge is asked once, and nobody about equal answers, which are a tie.
     """
     if isinstance(judge, ScalarJudge):
         verdicts = judge.compare(questions)
         return verdicts, JudgeReport.of(verdicts)
-    both = judge.compare([*questions, *(question.swapped for question in questions)])
-    forth, back = both[: len(questions)], [verdict.swapped for verdict in both[len(questions) :]]
-    verdicts = list(map(_agreed, forth, back))
+    open_questions = [question for question in questions if question.first != question.second]
+    both = judge.compare([*open_questions, *(question.swapped for question in open_questions)])
+    forth, back = both[: len(open_questions)], [verdict.swapped for verdict in both[len(open_questions) :]]
+    agreed = iter(map(_agreed, forth, back))
+    verdicts = [TIE if question.first == question.second else next(agreed) for question in questions]
     num_flips = sum({one.outcome, other.outcome} == {"first", "second"} for one, other in zip(forth, back, strict=True))
     return verdicts, JudgeReport.of(verdicts, num_flips=num_flips)
 

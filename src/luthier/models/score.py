@@ -4,6 +4,8 @@ Positions that predict nothing never reach the output layer, and full logits are
 cannot run a ragged stream are run one sequence after the other: slower, and equal.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ from luthier.kernels.logprobs import HeadOptions, linear_logprobs
 from luthier.kernels.streams import STREAM_MULTIPLE, Segments
 from luthier.models.load import Model
 
-__all__ = ["Scores", "divergence", "hidden_states", "score"]
+__all__ = ["Scores", "divergence", "evaluating", "hidden_states", "score", "sequence_logprobs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,24 @@ def score(model: Model | PreTrainedModel, batch: TokenBatch) -> Scores:
         hidden, head.weight, head.bias, batch.target_ids, _head_options(network), further=further_rows(head)
     )
     return Scores(logprobs, entropy)
+
+
+def sequence_logprobs(model: Model | PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """log p of each sequence's targets, summed, [sequences], in nats, differentiable."""
+    pieces = score(model, batch).logprobs.split(list(batch.target_counts))
+    return torch.stack([piece.sum() for piece in pieces])
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """For the time of the context, no dropout and no gradients."""
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(was_training)
 
 
 @torch.no_grad()

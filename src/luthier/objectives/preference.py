@@ -17,13 +17,15 @@ from luthier.objectives.loss import Loss, Metric
 __all__ = [
     "PAIR_LOSSES",
     "Answers",
+    "LogRatios",
     "PairLoss",
     "Verdicts",
-    "contrastive",
-    "direct",
-    "kahneman_tversky",
-    "odds_ratio",
-    "simple",
+    "cpo",
+    "dpo",
+    "ipo",
+    "kto",
+    "orpo",
+    "simpo",
 ]
 
 
@@ -51,7 +53,7 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class _Margin:
+class LogRatios:
     """What a pair's loss sees. chosen, rejected: [pairs], log p / p_reference. means: the same a token."""
 
     chosen: Tensor
@@ -67,10 +69,10 @@ class _Margin:
         return self.beta * (self.chosen - self.rejected)
 
 
-PairLoss = Callable[[_Margin], Tensor]
+PairLoss = Callable[[LogRatios], Tensor]
 
 
-def sigmoid(m: _Margin) -> Tensor:
+def sigmoid(m: LogRatios) -> Tensor:
     """-(1 - e) log s(z) - e log s(-z), z = beta (chosen - rejected)
 
     Rafailov et al. 2023, eq. 7; with e > 0 Mitchell 2023, conservative DPO.
@@ -78,22 +80,22 @@ def sigmoid(m: _Margin) -> Tensor:
     return _smoothed(m.scaled, m.smoothing)
 
 
-def sigmoid_norm(m: _Margin) -> Tensor:
+def sigmoid_norm(m: LogRatios) -> Tensor:
     """As sigmoid, with log-ratios a token        Meng et al. 2024, table 3; Lambert et al. 2024, eq. 6"""
     return _smoothed(m.beta * (m.mean_chosen - m.mean_rejected), m.smoothing)
 
 
-def hinge(m: _Margin) -> Tensor:
+def hinge(m: LogRatios) -> Tensor:
     """max(0, 1 - z)        Zhao et al. 2023, SLiC-HF; Liu et al. 2023, RSO, eq. 9"""
     return torch.relu(1 - m.scaled)
 
 
-def ipo(m: _Margin) -> Tensor:
+def squared(m: LogRatios) -> Tensor:
     """(mean chosen - mean rejected - 1 / (2 beta))^2, log-ratios a token        Azar et al. 2023, eq. 17"""
     return (m.mean_chosen - m.mean_rejected - 1 / (2 * m.beta)).square()
 
 
-def robust(m: _Margin) -> Tensor:
+def robust(m: LogRatios) -> Tensor:
     """(-(1 - e) log s(z) + e log s(-z)) / (1 - 2e): unbiased where e of the labels are flipped
 
     Ray Chowdhury et al. 2024, eq. 12.
@@ -102,41 +104,41 @@ def robust(m: _Margin) -> Tensor:
     return (-(1 - e) * logsigmoid(z) + e * logsigmoid(-z)) / (1 - 2 * e)
 
 
-def exo_pair(m: _Margin) -> Tensor:
+def exo_pair(m: LogRatios) -> Tensor:
     """KL of (s(z), s(-z)) from (1 - e, e)        Ji et al. 2024, eq. 16"""
     z, e = m.scaled, m.smoothing
     won = torch.sigmoid(z) * (logsigmoid(z) - math.log1p(-e))
     return won + torch.sigmoid(-z) * (logsigmoid(-z) - math.log(e))
 
 
-def nca_pair(m: _Margin) -> Tensor:
+def nca_pair(m: LogRatios) -> Tensor:
     """-log s(r_chosen) - 1/2 log s(-r_chosen) - 1/2 log s(-r_rejected)        Chen et al. 2024, eq. 11"""
     chosen, rejected = m.beta * m.chosen, m.beta * m.rejected
     return -logsigmoid(chosen) - 0.5 * (logsigmoid(-chosen) + logsigmoid(-rejected))
 
 
-def bco_pair(m: _Margin) -> Tensor:
+def bco_pair(m: LogRatios) -> Tensor:
     """-log s(r_chosen) - log s(-r_rejected)        Jung et al. 2024, eq. 10, without the moving shift"""
     return -logsigmoid(m.beta * m.chosen) - logsigmoid(-m.beta * m.rejected)
 
 
-def sppo_hard(m: _Margin) -> Tensor:
+def sppo_hard(m: LogRatios) -> Tensor:
     """(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2        Wu et al. 2024, eq. 4.7 with certain wins"""
     target = 1 / (2 * m.beta)
     return (m.chosen - target).square() + (m.rejected + target).square()
 
 
-def apo_zero(m: _Margin) -> Tensor:
+def apo_zero(m: LogRatios) -> Tensor:
     """1 - s(r_chosen) + s(r_rejected), for answers better than the model's        D'Oosterlinck et al. 2024, eq. 7"""
     return 1 - torch.sigmoid(m.beta * m.chosen) + torch.sigmoid(m.beta * m.rejected)
 
 
-def apo_down(m: _Margin) -> Tensor:
+def apo_down(m: LogRatios) -> Tensor:
     """s(r_chosen) + 1 - s(z), for answers worse than the model's        D'Oosterlinck et al. 2024, eq. 8"""
     return torch.sigmoid(m.beta * m.chosen) + 1 - torch.sigmoid(m.scaled)
 
 
-def discopop(m: _Margin) -> Tensor:
+def discopop(m: LogRatios) -> Tensor:
     """(1 - s(z / 0.05)) (-log s(z)) + s(z / 0.05) exp(-z)        Lu et al. 2024, eq. 5"""
     z = m.scaled
     exponential = torch.exp(logsigmoid(z / 0.05) - z)  # the factor joined in, so that no infinity is multiplied by 0
@@ -150,7 +152,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "discopop": discopop,
     "exo_pair": exo_pair,
     "hinge": hinge,
-    "ipo": ipo,
+    "ipo": squared,
     "nca_pair": nca_pair,
     "robust": robust,
     "sigmoid": sigmoid,
@@ -159,29 +161,36 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 }
 
 
-def direct(answers: Answers, loss: str, *, beta: float, label_smoothing: float = 0.0, sft_weight: float = 0.0) -> Loss:
-    """DPO and its kin: a function of the log-ratios to a reference model. loss: a key of PAIR_LOSSES."""
+def dpo(
+    answers: Answers, loss_type: str, *, beta: float, label_smoothing: float = 0.0, sft_weight: float = 0.0
+) -> Loss:
+    """DPO and its kin: a function of the log-ratios to a reference model. loss_type: a key of PAIR_LOSSES."""
     chosen, rejected = answers.of_pairs(answers.log_ratios)
     mean_chosen, mean_rejected = answers.of_pairs(answers.log_ratios / answers.tokens)
-    losses = PAIR_LOSSES[loss](_Margin(chosen, rejected, mean_chosen, mean_rejected, beta, label_smoothing))
+    losses = PAIR_LOSSES[loss_type](LogRatios(chosen, rejected, mean_chosen, mean_rejected, beta, label_smoothing))
     return _pairwise(answers, losses, rewards=beta * answers.log_ratios, sft_weight=sft_weight)
 
 
-def simple(answers: Answers, *, beta: float, gamma: float, sft_weight: float = 0.0) -> Loss:
+def ipo(answers: Answers, *, beta: float, sft_weight: float = 0.0) -> Loss:
+    """IPO, as a method of its own        Azar et al. 2023"""
+    return dpo(answers, "ipo", beta=beta, sft_weight=sft_weight)
+
+
+def simpo(answers: Answers, *, beta: float, gamma: float, sft_weight: float = 0.0) -> Loss:
     """-log s(beta (mean log p chosen - mean log p rejected) - gamma)        Meng et al. 2024, SimPO, eq. 6"""
     rewards = beta * answers.logps / answers.tokens
     chosen, rejected = answers.of_pairs(rewards)
     return _pairwise(answers, -logsigmoid(chosen - rejected - gamma), rewards=rewards, sft_weight=sft_weight)
 
 
-def contrastive(answers: Answers, *, beta: float, label_smoothing: float = 0.0, sft_weight: float = 1.0) -> Loss:
+def cpo(answers: Answers, *, beta: float, label_smoothing: float = 0.0, sft_weight: float = 1.0) -> Loss:
     """-log s(beta (log p chosen - log p rejected)) + sft_weight * imitation        Xu et al. 2024, CPO, eq. 5"""
     rewards = beta * answers.logps
     chosen, rejected = answers.of_pairs(rewards)
     return _pairwise(answers, _smoothed(chosen - rejected, label_smoothing), rewards=rewards, sft_weight=sft_weight)
 
 
-def odds_ratio(answers: Answers, *, beta: float, sft_weight: float = 1.0) -> Loss:
+def orpo(answers: Answers, *, beta: float, sft_weight: float = 1.0) -> Loss:
     """sft_weight * imitation - beta log s(log odds chosen - log odds rejected)        Hong et al. 2024, ORPO, eq. 6
 
     odds(y) = p / (1 - p), where log p is the answer's mean a token (eq. 4).
@@ -207,9 +216,9 @@ class Verdicts:
     baseline: Tensor | None = None
 
 
-def kahneman_tversky(
+def kto(
     verdicts: Verdicts,
-    loss: str,
+    loss_type: str,
     *,
     beta: float,
     desirable_weight: float = 1.0,
@@ -218,11 +227,11 @@ def kahneman_tversky(
 ) -> Loss:
     """w (1 - s(+-beta (log-ratio - baseline))), + where the answer is desirable        Ethayarajh et al. 2024, eq. 7
 
-    loss: kto, or apo_zero_unpaired, which has no baseline (D'Oosterlinck et al. 2024). sft_weight: of imitating the
-    desirable answers, a token. The unit is the answer.
+    loss_type: kto, or apo_zero_unpaired, which has no baseline (D'Oosterlinck et al. 2024). sft_weight: of imitating
+    the desirable answers, a token. The unit is the answer.
     """
     ratios, good = verdicts.logps - verdicts.reference, verdicts.desirable
-    baseline = ratios.new_zeros(()) if verdicts.baseline is None or loss != "kto" else verdicts.baseline
+    baseline = ratios.new_zeros(()) if verdicts.baseline is None or loss_type != "kto" else verdicts.baseline
     gained = torch.where(good, ratios - baseline, baseline - ratios)
     weights = torch.where(good, ratios.new_tensor(desirable_weight), ratios.new_tensor(undesirable_weight))
     rewards = beta * ratios

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from luthier.objectives.loss import Loss
+from luthier.objectives.loss import Loss, Metric
 
 __all__ = ["bradley_terry", "stepwise"]
 
@@ -34,7 +34,7 @@ def stepwise(rewards: Tensor, correct: Tensor) -> Loss:
     Lightman et al. 2023, section 2.6; Uesato et al. 2022. rewards: [steps], at each step's end. correct: [steps] bool.
     The unit is the step, which a batch counts as a token.
     """
-    metrics = {
+    metrics: dict[str, Metric] = {
         **{"rewards/correct": (rewards, correct), "rewards/incorrect": (rewards, ~correct)},
         "rewards/accuracies": ((rewards > 0) == correct).to(rewards.dtype),
     }

@@ -30,7 +30,7 @@ FREE_SETTINGS = frozenset({"keep_last", "on_error", "output", "report_to", "resu
 """Settings that decide no number: they may differ between the parts of one run."""
 
 _RECIPE = "recipe.yaml"
-_TRAINED = ("*/checkpoints/step-*", "*/adapter", "*/done.json", "*/model", "model")
+_TRAINED = ("*/checkpoints/step-*", "*/adapter", "*/done.json", "*/model", "*/rounds.json", "model")
 _PLAIN = (bool, bytes, complex, float, int, str, type(None))
 
 

@@ -33,8 +33,8 @@ from luthier.training.checkpoints import load_trained
 __all__ = [
     "carries_adapter",
     "dtype_of",
-    "exchange",
     "merge_carried",
+    "set_aside",
     "settle",
     "start_digest",
     "store_adapter",
@@ -82,7 +82,7 @@ def merge_carried(model: Model, place: Path) -> None:
     """Makes the model one without adapter, which is stored in `place` and computes what the adapted one did."""
     if not place.is_dir():
         write_merged(model, place)
-    exchange(model, resolve(str(place), model.source.environment))
+    _exchange(model, resolve(str(place), model.source.environment))
 
 
 def settle(model: Model, settings: Training, folder: Path, place: Path) -> None:
@@ -129,7 +129,7 @@ def store_trained(model: Model, settings: Training, folder: Path, place: Path) -
 def undo(model: Model, settings: Training) -> None:
     """After a stage that failed: the model as it was before it."""
     if settings.adapter is None or quantized_as(model.network) or isinstance(settings, RewardModel):
-        exchange(model, model.source)
+        _exchange(model, model.source)
     else:
         remove_adapters(model.network)
         _rest(model)
@@ -140,14 +140,25 @@ def _rest(model: Model) -> None:
     checkpoint_layers(model.network, 0)
 
 
-def exchange(model: Model, source: ResolvedSource) -> None:
+def _exchange(model: Model, source: ResolvedSource) -> None:
     """Another network in the old one's type, place and attention. The old one is emptied before the other is read."""
+    with set_aside(model):
+        model.source = source
+
+
+@contextmanager
+def set_aside(model: Model) -> Iterator[None]:
+    """Without the network for the time of the context; at its end it is read anew from what is the model's source then,
+    in the type, place and attention that it had.
+    """
     dtype, device, attention = dtype_of(model), model.device, model.config._attn_implementation
     model.network.to("meta")
-    fresh = load_either(
-        str(source.folder), dtype=dtype, device=device, attention=attention, environment=source.environment
-    )
-    model.network, model.source = fresh.network, source
+    try:
+        yield
+    finally:
+        place, environment = str(model.source.folder), model.source.environment
+        fresh = load_either(place, dtype=dtype, device=device, attention=attention, environment=environment)
+        model.network = fresh.network
 
 
 @contextmanager

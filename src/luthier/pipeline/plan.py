@@ -22,7 +22,7 @@ from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.reference import placeholders
 from luthier.pipeline.stages import STAGES
 from luthier.recipe import LoRA
-from luthier.recipe.preference import RewardModel
+from luthier.recipe.preference import RewardModel, WithReference
 from luthier.recipe.training import Training
 from luthier.training.footprint import Footprint, step_footprint
 from luthier.training.memory import available_bytes, resident_bytes, resident_in_files
@@ -154,7 +154,10 @@ class Planner:
                 **{name: getattr(footprint, name) for name in Footprint.__slots__},
                 "allocator": lost,
             },
-            loading_bytes=process + dense + footprint.weights * bool(settings.quantize_base) + also_mapped,
+            loading_bytes=process
+            + dense
+            + footprint.weights * bool(settings.quantize_base)
+            + max(also_mapped, _reference_bytes(settings)),
             available_bytes=self.machine.available_bytes,
         )
 
@@ -184,6 +187,15 @@ def plan_stage(
     )
     planned = planner.plan(settings)
     return planned, None if planned.fits else planner.cheapest_change(settings)
+
+
+def _reference_bytes(settings: Training) -> int:
+    """Of another model that is the reference, which is there before the first step."""
+    if not isinstance(settings, WithReference) or settings.reference is None:
+        return 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        other = outline(settings.reference, dtype=settings.dtype)
+        return sum(p.nbytes for p in other.network.parameters())
 
 
 def largest_micro_batch(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> TokenBatch:

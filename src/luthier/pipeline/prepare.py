@@ -27,7 +27,7 @@ from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
 from luthier.training.state import Progress, TrainState
 
-__all__ = ["adapt", "fresh_state", "prepare_data", "prepare_network"]
+__all__ = ["adapt", "fresh_state", "prepare_data", "prepare_network", "set_template"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,7 @@ def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
     a copy where it gets new tokens.
     """
     model.tokenizer = with_tokens(model.tokenizer, () if settings.adapter is None else settings.adapter.new_tokens)
-    if isinstance(settings, OnChats) and settings.chat_template is not None:
-        model.tokenizer.chat_template = _read_template(Path(settings.chat_template))
+    set_template(model, settings)
     stops = model.network.generation_config.eos_token_id
     return prepare(
         settings,
@@ -47,6 +46,12 @@ def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
         padding_id=model.config.get_text_config().pad_token_id if gives_rewards(model.config) else None,
         quarantine=folder / "quarantine.jsonl",
     )
+
+
+def set_template(model: Model, settings: Training) -> None:
+    """Gives the model's tokenizer the chat template that the settings name. Raises RecipeError."""
+    if isinstance(settings, OnChats) and settings.chat_template is not None:
+        model.tokenizer.chat_template = _read_template(Path(settings.chat_template))
 
 
 def _read_template(path: Path) -> str:

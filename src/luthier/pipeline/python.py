@@ -29,8 +29,8 @@ from luthier.pipeline.claim import claim, claimed_by, digest_of_code, give_back,
 from luthier.pipeline.live import (
     carries_adapter,
     dtype_of,
-    exchange,
     merge_carried,
+    set_aside,
     settle,
     start_digest,
     undo,
@@ -260,10 +260,7 @@ def _train(model: Model, call: _Call, output: Path) -> Summary:
     objective = None if call.objective is None else _counted(call.objective)
     listeners = [_Log(call.word), *call.callbacks]
     if isinstance(call.settings, IterativeDPO):
-        source, place = str(model.source.folder), output / "model"
-        summary = run_stage(Stage(call.word, call.settings), source, folder, place, listeners, last=True)
-        exchange(model, resolve(str(place), model.source.environment))
-        return summary
+        return _train_in_rounds(model, call.settings, call.word, output, listeners)
     trained = replace(model, tokenizer=call.tokenizer)
     try:
         _, summary = train(call.word, call.settings, trained, folder, callbacks=listeners, objective=objective)
@@ -274,6 +271,19 @@ def _train(model: Model, call: _Call, output: Path) -> Summary:
     except BaseException:
         undo(model, call.settings)
         raise
+    return summary
+
+
+def _train_in_rounds(
+    model: Model, settings: IterativeDPO, word: str, output: Path, listeners: Sequence[Callback]
+) -> Summary:
+    """Rounds load and write models themselves, so the one in memory makes room for them and becomes what they leave."""
+    source, place = model.source, output / "model"
+    with set_aside(model):
+        summary = run_stage(
+            Stage(word, settings), str(source.folder), output / f"00-{word}", place, listeners, last=True
+        )
+        model.source = resolve(str(place), source.environment)
     return summary
 
 

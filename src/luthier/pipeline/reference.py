@@ -5,6 +5,7 @@ switched off or before any weight has changed, and kept in the stage's folder. A
 only while another model is the reference that a recipe names.
 """
 
+import gc
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,20 +27,15 @@ from luthier.errors import CheckpointError, RecipeError
 from luthier.files import replacing
 from luthier.models.fuse import fuse
 from luthier.models.load import Model, load
-from luthier.models.score import score
+from luthier.models.quantize import quantized_as
+from luthier.models.score import evaluating, sequence_logprobs
+from luthier.models.sources import resolve
 
-__all__ = ["answer_logprobs", "placeholders", "referred", "with_reference"]
+__all__ = ["placeholders", "referred", "with_reference"]
 
 logger = logging.getLogger(__name__)
 
 _FILE = "reference.safetensors"
-
-
-def answer_logprobs(network: nn.Module, batch: TokenBatch) -> Tensor:
-    """log p of each sequence's targets, summed, [sequences], in nats, differentiable."""
-    assert isinstance(network, PreTrainedModel)
-    pieces = score(network, batch).logprobs.split(list(batch.target_counts))
-    return torch.stack([piece.sum() for piece in pieces])
 
 
 def with_reference(network: nn.Module, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
@@ -80,18 +76,13 @@ def _referred_batch(network: nn.Module, batch: TokenBatch) -> TokenBatch:
     device = next(network.parameters()).device
     batch = batch.to(device)
     other = None if batch.mismatched is None else _referred_batch(network, batch.mismatched)
-    return replace(batch, reference=answer_logprobs(network, batch), mismatched=other)
+    return replace(batch, reference=sequence_logprobs(network, batch), mismatched=other)
 
 
 @contextmanager
 def _as_reference(network: nn.Module) -> Iterator[None]:
-    was_training = network.training
-    network.eval()
-    try:
-        with torch.no_grad(), adapters_off(network) if adapted_layers(network) else nullcontext():
-            yield
-    finally:
-        network.train(was_training)
+    with evaluating(network), adapters_off(network) if adapted_layers(network) else nullcontext():
+        yield
 
 
 def _computed(groups: Sequence[TokenGroup], model: Model, name: str | None, micro_batch_tokens: int) -> Tensor:
@@ -102,10 +93,12 @@ def _computed(groups: Sequence[TokenGroup], model: Model, name: str | None, micr
     with _as_reference(network):
         for members in pack([len(group) for group in everything], micro_batch_tokens):
             batch = collate([everything[i] for i in members])
-            logprobs = answer_logprobs(network, batch).float().cpu()
+            logprobs = sequence_logprobs(network, batch).float().cpu()
             pieces = logprobs.split([len(everything[i].sequences) for i in members])
             for i, piece in zip(members, pieces, strict=True):
                 found[i] = piece
+    del network
+    gc.collect()  # a network refers to itself, and the policy's first step needs its place
     return torch.cat(found)
 
 
@@ -128,8 +121,9 @@ def _filled(group: TokenGroup, values: Iterator[float]) -> TokenGroup:
 
 
 def _key(groups: Sequence[TokenGroup], model: Model, name: str | None) -> str:
-    """What decides the numbers: the tokens, the model and its type."""
-    digest = hashlib.sha256(f"{name} {model.source.weights_hash} {model.dtype}".encode())
+    """What decides the numbers: the tokens, the weights and their type."""
+    weights = model.source.weights_hash if name is None else resolve(name).weights_hash
+    digest = hashlib.sha256(f"{weights} {quantized_as(model.network)} {model.dtype}".encode())
     for group in groups:
         for sequence in _with_mismatched(group).sequences:
             digest.update(sequence.token_ids.tobytes())

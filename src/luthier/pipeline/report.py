@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from luthier.errors import CheckpointError
 from luthier.files import replacing
 from luthier.pipeline.report_svg import FRAME, Chart, Line, chart, smoothed
+from luthier.pipeline.rounds import read_rounds
 from luthier.recipe.document import Recipe, load_recipe
 from luthier.training.callbacks import Metrics, read_metrics
 
@@ -50,13 +51,16 @@ class _Card:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """One stage as its folder tells it; steps and evaluations are lines of metrics.jsonl."""
+    """One stage as its folder tells it; steps and evaluations are lines of metrics.jsonl. won: of a round, how often
+    against the start.
+    """
 
     name: str
     done: bool
     steps: list[Metrics]
     evaluations: list[Metrics]
     seconds: float
+    won: str
 
     @property
     def held_out(self) -> bool:
@@ -75,7 +79,8 @@ def write_report(folder: Path, *, samples: Sequence[Sample] = ()) -> Path:
     if samples:
         _replace(folder / "samples.jsonl", "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
     recipe = load_recipe(folder / "recipe.yaml")
-    stages = [_read_stage(folder / f"{index:02d}-{stage.word}") for index, stage in enumerate(recipe.stages)]
+    places = [folder / f"{index:02d}-{stage.word}" for index, stage in enumerate(recipe.stages)]
+    stages = [_read_stage(part) for place in places for part in _parts(place)]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -103,10 +108,17 @@ def _read_samples(path: Path) -> list[Sample]:
     return [Sample(**json.loads(line)) for line in lines]
 
 
+def _parts(folder: Path) -> list[Path]:
+    """The folders of a stage's rounds, in order; its own where it has none."""
+    rounds = sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
+    return rounds or [folder]
+
+
 def _read_stage(folder: Path) -> _Stage:
     lines = read_metrics(folder / "metrics.jsonl")
     return _Stage(
-        name=folder.name,
+        name=folder.name if not folder.name.startswith("round-") else f"{folder.parent.name}/{folder.name}",
+        won=next((str(result) for result in read_rounds(folder.parent) if f"round-{result.round}" == folder.name), ""),
         done=(folder / "done.json").exists(),
         steps=[line for line in lines if "loss" in line],
         evaluations=[line for line in lines if "eval_loss" in line],
@@ -140,14 +152,14 @@ def _cards(stage: _Stage) -> list[_Card]:
         _Card("Tokens", f"{last['tokens']:,}"),
         _Card("Tokens per second", _number(last["tokens"] / stepping)),
         _Card("Final loss", _number(last["loss"]), f"first {_number(stage.steps[0]['loss'])}"),
-        *_held_out_cards(stage),
+        *([_Card("Wins against the start", *stage.won.split(" ", 1))] if stage.won else _held_out_cards(stage)),
         _Card("Peak memory", f"{max(line['memory_bytes'] for line in stage.steps) / 2**30:.2f} GiB"),
     ]
 
 
 def _compared(stage: _Stage) -> dict[str, str]:
     """What evaluations measured, by name, the most telling last."""
-    measured = stage.evaluations[0] if stage.evaluations else {"eval_perplexity"}
+    measured = stage.evaluations[0] if stage.evaluations else {}
     return {name: label for name, label in _HELD_OUT.items() if name in measured or name == "eval_loss"}
 
 

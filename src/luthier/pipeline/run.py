@@ -14,17 +14,16 @@ from pathlib import Path
 
 from luthier.adapters.merge import can_be_merged
 from luthier.errors import CheckpointError
-from luthier.files import write_whole
+from luthier.files import write_whole, written_whole
 from luthier.models.load import Model, load, load_either
 from luthier.models.merge import merge_into
-from luthier.models.save import save
 from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import begins_anew, claim, claimed_by, goes_on, has_trained
 from luthier.pipeline.live import store_trained
 from luthier.pipeline.manifest import data_hashes, write_manifest
 from luthier.pipeline.report import write_report
-from luthier.pipeline.rounds import best_round, run_rounds
+from luthier.pipeline.rounds import forget_rounds, run_rounds
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Recipe, Stage, dump_recipe
 from luthier.recipe.preference import RewardModel
@@ -80,6 +79,7 @@ def _forget(output: Path, recipe: Recipe) -> None:
         for file in ("done.json", "plan.json"):
             (folder / file).unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        forget_rounds(folder)
 
 
 def run_stage(
@@ -113,11 +113,11 @@ def _run_rounds(
     def train_round(stage: Stage, source: str, place: Path, model: Path) -> Summary:
         return run_stage(stage, source, place, model, callbacks, last=False)
 
-    summaries = run_rounds(settings, source, folder, train_round)
-    best = best_round(folder)
-    save(load(str(best / "model")), destination)
+    summaries, best = run_rounds(settings, source, folder, train_round)
+    with written_whole(destination) as beside:
+        shutil.copytree(resolve(best).folder, beside, dirs_exist_ok=True)
     summary = replace(
-        summaries[int(best.name.removeprefix("round-"))],
+        summaries[-1],
         folder=str(folder),
         steps=sum(one.steps for one in summaries),
         seconds=sum(one.seconds for one in summaries),
@@ -155,7 +155,8 @@ def _describe(output: Path, recipe: Recipe) -> None:
     parent = f"{recipe.model}"
     for index, stage in enumerate(recipe.stages):
         name = f"{index:02d}-{stage.word}"
-        artifacts[f"{name}/adapter" if stage.settings.adapter else name] = {"parent": parent}
+        in_rounds = isinstance(stage.settings, IterativeDPO)
+        artifacts[f"{name}/adapter" if stage.settings.adapter and not in_rounds else name] = {"parent": parent}
         parent = name
     if (output / "model").is_dir():
         artifacts["model"] = {"parent": parent, "sha256": weights_hash(output / "model")}

@@ -4,17 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.objectives.preference import cpo, dpo, ipo, orpo, simpo
 from luthier.pipeline.methods import (
     Method,
-    contrastive_method,
-    direct_method,
     feedback_method,
-    identity_method,
     language_method,
-    odds_ratio_method,
+    on_pairs,
     process_reward_method,
     reward_method,
-    simple_method,
 )
 
 __all__ = ["STAGES", "StageKind"]
@@ -28,19 +25,27 @@ class StageKind:
     summary: str
 
 
+_dpo = on_pairs(dpo, "loss_type", "beta", "label_smoothing", "sft_weight")
+
 STAGES: dict[str, StageKind] = {
     "pretrain": StageKind(language_method, "Go on pretraining on plain text, with general text mixed in."),
     "sft": StageKind(language_method, "Fine-tune on conversations."),
-    "dpo": StageKind(direct_method, "Learn from pairs of answers, against a reference model."),
-    "ipo": StageKind(identity_method, "Learn from pairs of answers, towards a bounded margin."),
+    "dpo": StageKind(_dpo, "Learn from pairs of answers, against a reference model."),
+    "ipo": StageKind(on_pairs(ipo, "beta", "sft_weight"), "Learn from pairs of answers, towards a bounded margin."),
     "kto": StageKind(feedback_method, "Learn from single answers that are desirable or not."),
-    "orpo": StageKind(odds_ratio_method, "Imitate the better answers and avoid the worse, without a reference model."),
-    "simpo": StageKind(simple_method, "Learn from pairs of answers by their mean log-probabilities."),
-    "cpo": StageKind(contrastive_method, "Learn from pairs of answers and imitate the better, without a reference."),
+    "orpo": StageKind(
+        on_pairs(orpo, "beta", "sft_weight"),
+        "Imitate the better answers and avoid the worse, without a reference model.",
+    ),
+    "simpo": StageKind(
+        on_pairs(simpo, "beta", "gamma", "sft_weight"), "Learn from pairs of answers by their mean log-probabilities."
+    ),
+    "cpo": StageKind(
+        on_pairs(cpo, "beta", "label_smoothing", "sft_weight"),
+        "Learn from pairs of answers and imitate the better, without a reference model.",
+    ),
     "reward": StageKind(reward_method, "Train a reward model on pairs of answers."),
     "process_reward": StageKind(process_reward_method, "Train a reward model on answers whose steps are labelled."),
-    "iterative_dpo": StageKind(
-        direct_method, "Sample answers, let a judge rank them, learn from the pairs, and again."
-    ),
-    "rlaif": StageKind(direct_method, "The same with a language model as the judge."),
+    "iterative_dpo": StageKind(_dpo, "Sample answers, let a judge rank them, learn from the pairs, and again."),
+    "rlaif": StageKind(_dpo, "Sample answers, let a language model rank them, learn from the pairs, and again."),
 }

@@ -30,7 +30,7 @@ from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.reference import referred
 from luthier.pipeline.stages import STAGES
-from luthier.recipe.preference import Reference
+from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
 from luthier.training.checkpoints import Checkpoints
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a stage did. losses in nats a token; first_eval_loss is of the model before its first step.
+    """What a stage did. losses: the mean a unit of its objective; first_eval_loss: of the model before its first step.
 
     folder: the stage's own, with metrics, checkpoints and adapter.  counts: where the rows went, as `Counts` names it.
     """
@@ -85,7 +85,7 @@ def train(
     adapters = prepare_network(settings, model)
     if to_be_merged:
         refuse_unmergeable(adapters)
-    if isinstance(settings, Reference) and settings.cache_reference:
+    if isinstance(settings, WithReference) and settings.cache_reference:
         prepared = _with_reference(settings, model, prepared, folder, tokens)
     run = make_run(
         word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters, micro_batch_tokens=tokens
@@ -154,7 +154,7 @@ def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
 
 def _with_reference(settings: Training, model: Model, prepared: Prepared, folder: Path, tokens: int) -> Prepared:
     """The data with what the reference model says of all that will be seen."""
-    assert isinstance(settings, Reference)
+    assert isinstance(settings, WithReference)
     plan = StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
     seen = {id(item) for step in range(plan.num_steps) for item in plan.step(step)}
     wanted = [item for item in prepared.train if id(item) in seen]
@@ -196,6 +196,13 @@ def _resume_or_rehearse(run: Run, prepared: Prepared) -> None:
     run.state.optimizer.zero_grad(set_to_none=True)
 
 
+def _final_eval_loss(run: Run, evaluations: Sequence[float]) -> float | None:
+    """Of the model as it is: the best one's where a guard has gone back to it."""
+    if not evaluations:
+        return None
+    return run.state.progress.best_loss if run.state.progress.stopped_by else evaluations[-1]
+
+
 def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summary:
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -211,7 +218,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summ
         final_loss=losses[-1],
         best_eval_loss=run.state.progress.best_loss,
         first_eval_loss=evaluations[0] if evaluations else None,
-        final_eval_loss=evaluations[-1] if evaluations else None,
+        final_eval_loss=_final_eval_loss(run, evaluations),
         trained_parameters=sum(p.numel() for p in run.state.trained().values()),
         fingerprint=run.checkpoints.fingerprint,
         counts=asdict(prepared.counts),

@@ -23,7 +23,7 @@ from luthier.pipeline.methods import Method
 from luthier.pipeline.prepare import prepare_data, prepare_network
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.document import Recipe
-from luthier.recipe.preference import Reference
+from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
 from luthier.training.loop import Objective, step_gradients
 
@@ -70,7 +70,7 @@ def verify_loss(recipe: Recipe, *, num_sequences: int = 8, objective: Objective 
     stage's own. Raises VerificationError if a gradient differs by more than GRADIENT_BOUND.
     """
     stage = recipe.stages[0]
-    live = {"cache_reference": False} if isinstance(stage.settings, Reference) else {}
+    live = {"cache_reference": False} if isinstance(stage.settings, WithReference) else {}
     settings = stage.settings.model_copy(update={"dtype": "fp32", **live})
     model = load(recipe.model, dtype="fp32")
     items = _items(settings, model, num_sequences)

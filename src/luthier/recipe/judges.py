@@ -66,8 +66,8 @@ class LocalJudge(Settings):
     type: Literal["local"] = "local"
     """A language model on this machine."""
 
-    model: Word = "smollm2-135m"
-    """The model that judges: an alias, a hub id, a folder or a .gguf file."""
+    model: Word
+    """The model that judges: an alias, a hub id, a folder or a .gguf file. Small ones prefer a place, not an answer."""
 
     criteria: Word = _CRITERIA
     """What makes an answer better, in words that the judge is told."""

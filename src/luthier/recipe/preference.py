@@ -20,18 +20,18 @@ __all__ = [
     "IPO",
     "KTO",
     "ORPO",
-    "Answers",
     "Direct",
     "FeedbackFormat",
+    "OnAnswers",
+    "OnPairs",
     "PairLoss",
     "Policy",
-    "Preference",
     "PreferenceFormat",
     "ProcessReward",
-    "Reference",
     "Reward",
     "RewardModel",
     "SimPO",
+    "WithReference",
 ]
 
 PreferenceFormat = Literal["dialogues", "preference", "ranking", "sharegpt_preference"]
@@ -54,7 +54,7 @@ PairLoss = Literal[
 ]
 
 
-class Answers(OnChats):
+class OnAnswers(OnChats):
     """What stages that learn from answers to a prompt share."""
 
     batch_size: Count = 16
@@ -70,14 +70,14 @@ class Answers(OnChats):
     """The highest learning rate; by default 5e-5 with LoRA, more with adapters that are smaller, 1e-6 without."""
 
 
-class Policy(Answers):
+class Policy(OnAnswers):
     """What stages that train what is to answer share."""
 
     sft_weight: _NotNegative = 0.0
     """How much the loss of imitating the best answer, a token, is added."""
 
 
-class Reference(Policy):
+class WithReference(Policy):
     """What stages with a reference model add."""
 
     reference: Word | None = None
@@ -98,14 +98,14 @@ class Reference(Policy):
         return self
 
 
-class Preference(Policy):
+class OnPairs(Policy):
     """What stages that learn from pairs and rankings share."""
 
     format: PreferenceFormat | None = None
     """The format of the rows; recognised from the columns where it is not named."""
 
 
-class Direct(Reference):
+class Direct(WithReference):
     """What DPO's loss of a pair takes."""
 
     loss_type: PairLoss = "sigmoid"
@@ -126,14 +126,14 @@ class Direct(Reference):
         return self
 
 
-class DPO(Preference, Direct):  # in this order: pydantic takes a field of several bases from the first
+class DPO(OnPairs, Direct):  # in this order: pydantic takes a field of several bases from the first
     """Direct preference optimization: pairs against a reference model."""
 
     output: Word = "runs/dpo"
     """The folder of the run: metrics, checkpoints, adapter, model and report."""
 
 
-class IPO(Preference, Reference):
+class IPO(OnPairs, WithReference):
     """Identity preference optimization: a bounded margin, for labels without noise."""
 
     output: Word = "runs/ipo"
@@ -143,7 +143,7 @@ class IPO(Preference, Reference):
     """The regularisation tau: the margin a token that is aimed at is 1 / (2 beta)."""
 
 
-class KTO(Reference):
+class KTO(WithReference):
     """Kahneman-Tversky optimization: single answers, each desirable or not."""
 
     output: Word = "runs/kto"
@@ -165,7 +165,7 @@ class KTO(Reference):
     """The weight of undesirable answers."""
 
 
-class ORPO(Preference):
+class ORPO(OnPairs):
     """Odds-ratio preference optimization: imitation and preference at once, without a reference model."""
 
     output: Word = "runs/orpo"
@@ -178,7 +178,7 @@ class ORPO(Preference):
     """How much the loss of imitating the best answer, a token, is added."""
 
 
-class SimPO(Preference):
+class SimPO(OnPairs):
     """Simple preference optimization: mean log-probabilities and a target margin, without a reference model."""
 
     output: Word = "runs/simpo"
@@ -191,7 +191,7 @@ class SimPO(Preference):
     """The margin that is aimed at, in units of the reward: beta times a mean log-probability."""
 
 
-class CPO(Preference):
+class CPO(OnPairs):
     """Contrastive preference optimization: DPO without a reference model, with a term of imitation."""
 
     output: Word = "runs/cpo"
@@ -207,7 +207,7 @@ class CPO(Preference):
     """How much the loss of imitating the best answer, a token, is added."""
 
 
-class RewardModel(Answers):
+class RewardModel(OnAnswers):
     """What stages that give a model a scalar head share."""
 
     learning_rate: _Positive = Field(default_factory=usual_rate(adapter=2e-4, full=1e-5))
@@ -223,8 +223,8 @@ class Reward(RewardModel):
     format: PreferenceFormat | None = None
     """The format of the rows; recognised from the columns where it is not named."""
 
-    margins: bool = True
-    """Asks for at least the difference of two answers' scores, where the rows have scores."""
+    margins: bool = False
+    """Asks for at least the difference of two answers' scores; these must be in the reward's own units."""
 
     center_rewards: _NotNegative = 0.01
     """How strongly the mean of a pair's two rewards is drawn to zero."""
@@ -240,7 +240,11 @@ class ProcessReward(RewardModel):
     """The format of the rows: prompt, completions (a list of steps) and labels."""
 
 
-def _reference_problems(settings: Reference) -> Iterator[Problem]:
+def _reference_problems(settings: WithReference) -> Iterator[Problem]:
+    if settings.adapter is not None and settings.adapter.new_tokens:
+        yield Problem(
+            ("adapter", "new_tokens"), "the reference model has none of them; add them in a stage before this"
+        )
     if settings.max_kl is not None and (settings.adapter is None or settings.reference is not None):
         yield Problem(("max_kl",), "is measured by switching the adapter off; train one, without another reference")
     if settings.max_kl is not None and not settings.eval_every:

@@ -14,8 +14,9 @@ from luthier.data.examples import Chat
 from luthier.data.masks import encode_prompt
 from luthier.data.templates import stop_token_ids
 from luthier.models.load import Model
+from luthier.models.score import evaluating
 
-__all__ = ["Sampling", "answer", "answers", "samples"]
+__all__ = ["Answer", "Sampling", "answer", "answers", "samples"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +29,31 @@ class Sampling:
     seed: int = 42
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """finished: it ended by itself, and not because it was as long as it may be."""
+
+    text: str
+    finished: bool
+
+
 def answer(model: Model, chat: Chat, sampling: Sampling) -> str:
     """The assistant's next turn."""
-    return samples(model, chat, sampling, 1)[0]
+    return samples(model, chat, sampling, 1)[0].text
 
 
-def samples(model: Model, chat: Chat, sampling: Sampling, count: int) -> list[str]:
+def samples(model: Model, chat: Chat, sampling: Sampling, count: int) -> list[Answer]:
     """So many next turns of the assistant, drawn together."""
     prompt = encode_prompt(chat, model.tokenizer)
     stops = stop_token_ids(model.tokenizer)
-    return [_text(model, ids, stops) for ids in _generate(model, prompt, sampling, stops, count)]
+    return [_read(model, ids, stops) for ids in _generate(model, prompt, sampling, stops, count)]
 
 
-def _text(model: Model, ids: list[int], stops: set[int]) -> str:
+def _read(model: Model, ids: list[int], stops: set[int]) -> Answer:
     """What stands before the first token that ends the turn."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     text: str = model.tokenizer.decode(ids[:end])
-    return text.strip()
+    return Answer(text.strip(), end < len(ids))
 
 
 def answers(model: Model, chats: list[Chat], sampling: Sampling) -> Iterator[str]:
@@ -61,15 +70,12 @@ def _generate(model: Model, prompt: list[int], sampling: Sampling, stops: set[in
         do_sample=sampled,
         eos_token_id=sorted(stops),
         pad_token_id=min(stops),
-        **({"temperature": sampling.temperature, "top_p": sampling.top_p} if sampled else {}),
+        repetition_penalty=1.0,
+        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}),
     )
     torch.manual_seed(sampling.seed)
     inputs = torch.tensor([prompt] * count, device=model.device)
-    was_training = model.network.training
-    model.network.eval()
-    try:
+    with evaluating(model.network):
         output = model.network.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-    finally:
-        model.network.train(was_training)
     generated: list[list[int]] = output[:, len(prompt) :].tolist()
     return generated

@@ -8,8 +8,7 @@ No number is read from the device before the optimizer's step is on its way.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from luthier.adapters.base import Adapter, Step
 from luthier.adapters.inject import after_step, before_step, penalty
 from luthier.data.batches import StepPlan, TokenBatch, cut
 from luthier.errors import TrainingError
+from luthier.models.score import evaluating
 from luthier.objectives.loss import Loss
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, Metrics
@@ -204,23 +204,11 @@ def evaluate_loss(network: nn.Module, batches: Sequence[TokenBatch], objective: 
     return _evaluated(network, batches, objective)["loss"]
 
 
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout and without gradients."""
-    was_training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        network.train(was_training)
-
-
 def _evaluated(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
     """The mean loss a unit, the perplexity where the unit is the token, and the metrics, over all batches."""
     if not any(batch.count("tokens") for batch in batches):
         raise TrainingError("no sequence to evaluate on has a trained token; look at it with `luthier data preview`")
-    with _evaluating(network):
+    with evaluating(network):
         losses = [objective(network, batch) for batch in batches if batch.count("tokens")]
     num_units = sum(len(loss.per_unit) for loss in losses)
     totals: dict[str, Tensor] = {}
@@ -254,10 +242,10 @@ def _evaluate(run: Run) -> bool:
     one that a guard refuses.
     """
     started, progress = time.perf_counter(), run.state.progress
-    batches = run.prepared(run.eval_batches)
-    measured = _evaluated(run.state.network, batches, run.objective)
-    if run.measure is not None:
-        with _evaluating(run.state.network):
+    with evaluating(run.state.network):
+        batches = run.prepared(run.eval_batches)
+        measured = _evaluated(run.state.network, batches, run.objective)
+        if run.measure is not None:
             measured |= run.measure(run.state.network, batches)
     loss = measured["loss"]
     progress.stopped_by = None if run.guard is None else run.guard(measured)
