@@ -1,5 +1,6 @@
 """What holds for all tests, and the tiny chat model that whole runs are tried with."""
 
+import json
 from pathlib import Path
 
 import hypothesis
@@ -7,6 +8,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import luthier
 
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -34,6 +37,18 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with layers that have room for the usual ranks of adapters."""
     return _saved(tmp_path_factory.mktemp("models") / "wide", hidden_size=128, intermediate_size=192)
+
+
+@pytest.fixture(scope="session")
+def speaker(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, taught to say something short and to stop."""
+    folder = tmp_path_factory.mktemp("speaker")
+    rows = [{"question": f"What is {i}?", "answer": "ab" * (i % 3 + 1)} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = luthier.load(str(chat_model))
+    given = {"adapter": None, "learning_rate": 1e-2, "epochs": 20, "batch_size": 8, "save_every": None}
+    luthier.sft(model, data=folder / "rows.jsonl", output=folder / "run", **given)
+    return Path(luthier.save(model, folder / "model"))
 
 
 def _saved(folder: Path, **sizes: int) -> Path:

@@ -50,12 +50,12 @@ def documents(*languages: str) -> list[Path]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the files that the documents name. A folder of an alias's name goes before the alias, so
     the tiny model stands in for the one that would have to be fetched.
     """
-    shutil.copytree(chat_model, tmp_path / "smollm2-135m")
-    shutil.copy(chat_model / "chat_template.jinja", tmp_path / "mine.jinja")
+    shutil.copytree(speaker, tmp_path / "smollm2-135m")
+    shutil.copy(speaker / "chat_template.jinja", tmp_path / "mine.jinja")
     rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(12)]
     for name in ("qa.jsonl", "more.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,7 +16,7 @@ from luthier.data.prepare import prepare
 from luthier.data.sequences import TokenGroup, TokenSequence, sequences_of
 from luthier.errors import DataError
 from luthier.recipe import SFT, Pretrain
-from luthier.recipe.preference import DPO, KTO, ORPO, Answers, Reward
+from luthier.recipe.preference import DPO, KTO, ORPO, OnAnswers, Reward
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -112,7 +112,7 @@ def verdicts(path: Path, labels: list[bool]) -> str:
 
 @pytest.mark.parametrize("stage", [DPO, ORPO, Reward])
 def test_stages_that_prefer_train_on_groups_of_answers(
-    stage: type[Answers], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    stage: type[OnAnswers], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     data = pairs(tmp_path / "pairs.jsonl", [1] * 7 + [200])
     prepared = prepare(stage(data=data, eval_fraction=0.25, max_length=128), tokenizer)

@@ -80,7 +80,7 @@ def test_every_type_has_a_recipe() -> None:
 
 @pytest.mark.parametrize("path", ALIGNMENT, ids=lambda path: path.stem)
 def test_a_recipe_of_preferences_trains_and_leaves_a_model(
-    path: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, base: str, speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = [{"prompt": f"{i}?", "chosen": f"{i}{i}.", "rejected": "No."} for i in range(24)]
     rows = [{"question": pair["prompt"], "answer": pair["chosen"]} for pair in pairs]
@@ -93,12 +93,13 @@ def test_a_recipe_of_preferences_trains_and_leaves_a_model(
     (tmp_path / "judge.py").write_text("def score(prompt, answer, row):\n    return -len(answer)\n")
     monkeypatch.chdir(tmp_path)
     small = {"max_steps": 2, "batch_size": 4, "dtype": "fp32"}
-    in_rounds = {"prompts_per_round": 4, "eval_prompts": 2, "max_new_tokens": 6, "rounds": 1}
+    in_rounds = {"prompts_per_round": 4, "eval_prompts": 2, "max_new_tokens": 24, "rounds": 1}
     stages = []
     for stage in load_recipe(path).stages:
         further = in_rounds if stage.word in ("iterative_dpo", "rlaif") else {}
         stages.append({stage.word: _said(stage.settings.model_copy(update={**small, **further}))})
-    summaries = run_recipe(Recipe.model_validate({"model": base, "output": "run", "dtype": "fp32", "stages": stages}))
+    model = str(speaker) if path.stem == "iterative_dpo" else base
+    summaries = run_recipe(Recipe.model_validate({"model": model, "output": "run", "dtype": "fp32", "stages": stages}))
     assert all(summary.steps > 0 for summary in summaries)
     assert (tmp_path / "run" / "model").is_dir()
 

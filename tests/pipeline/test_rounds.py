@@ -41,18 +41,6 @@ def broken(prompt, answer, row):
 """
 
 
-@pytest.fixture(scope="module")
-def speaker(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, taught to say something short and to stop."""
-    folder = tmp_path_factory.mktemp("speaker")
-    rows = [{"question": f"What is {i}?", "answer": "ab" * (i % 3 + 1)} for i in range(24)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = lt.load(str(chat_model))
-    given = {"adapter": None, "learning_rate": 1e-2, "epochs": 20, "batch_size": 8, "save_every": None}
-    lt.sft(model, data=folder / "rows.jsonl", output=folder / "run", **given)
-    return Path(lt.save(model, folder / "model"))
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with prompts and functions that judge."""

@@ -393,7 +393,8 @@ def test_a_reward_models_step_equals_trls(
     groups = [TokenGroup((a, b), scores=None if m is None else (m, 0.0)) for a, b, m in pairs]
     ours_network = load_reward(str(tmp_path / "model"), device="cpu").network
     fuse(ours_network)
-    ours, theirs = our_step(ours_network, "reward", {"center_rewards": center or 0.0}, groups), trl_step(trainer)
+    given = {"center_rewards": center or 0.0, "margins": margins is not None}
+    ours, theirs = our_step(ours_network, "reward", given, groups), trl_step(trainer)
     theirs.told |= {"rewards/accuracies": theirs.told["accuracy"], "rewards/margins": theirs.told["margin"]}
     hold_equal(ours, theirs, ("rewards/accuracies", "rewards/margins"))
     mean = (ours.told["rewards/chosen"] + ours.told["rewards/rejected"]) / 2
