@@ -3,8 +3,10 @@
 Accuracy is the share of held-out pairs whose better answer has the higher log p a token (of the reward model: the
 higher reward), with Wilson's 95% interval; before is the model that all start from. Perplexity is that of general text,
 and shows what is forgotten. All learn the same pairs in the same order with LoRA in bfloat16; feedback is made of them
-by taking the better answer of every second pair and the worse one of the others. A method that does not raise the
-accuracy, or whose perplexity rises by more than 15%, ends the script with exit code 1.
+by taking the better answer of every second pair and the worse one of the others. Learning rates and ORPO's beta are
+higher than the defaults, as such a small model and so few pairs want them. A method whose interval does not lie above
+the accuracy before (of the reward model: above chance), or whose perplexity rises by more than 15%, ends the script
+with exit code 1.
 """
 
 import argparse
@@ -107,7 +109,7 @@ def run(method: str, data: str, files: dict[str, Path], held_out: list[Preferenc
     getattr(lt, method)(model, **given, **METHODS[method], output=folder / method)
     seconds = time.perf_counter() - started
     if method == "reward":
-        return {**before, "accuracy": reward_accuracy(model, held_out), "seconds": seconds}
+        return {**before, "accuracy_before": 0.5, "accuracy": reward_accuracy(model, held_out), "seconds": seconds}
     return {**before, "accuracy": accuracy(model, held_out), "perplexity": perplexity(model), "seconds": seconds}
 
 
@@ -140,7 +142,8 @@ def main() -> None:
         print(line(method, results[method], len(held_out)), flush=True)
         if given.output:
             given.output.write_text(json.dumps(results, indent=1) + "\n")
-    bad = [m for m, r in results.items() if not r["accuracy"] > r["accuracy_before"]]
+    num = given.held_out
+    bad = [m for m, r in results.items() if wilson_interval(r["accuracy"] * num, num)[0] <= r["accuracy_before"]]
     forgetful = [m for m, r in results.items() if r.get("perplexity", 0) > 1.15 * r["perplexity_before"]]
     if bad or forgetful:
         sys.exit(f"learned nothing: {bad}; forgot too much: {forgetful}")
