@@ -114,14 +114,14 @@ def test_the_second_stages_reference_is_the_merged_first_stage(
     )
     merged, base = load(str(output / "00-sft" / "model")), load(str(chat_model))
     groups = prepare_data(settings_of("dpo", rows, chat_model), base, tmp_path / "x").train
-    batch = collate(groups[:4])
+    batch = collate(groups)
     with torch.no_grad():
         expected, of_base = sequence_logprobs(merged.network, batch), sequence_logprobs(base.network, batch)
     assert (expected - of_base).abs().max() > 0.1, "or the first stage would have taught nothing"
     kept = load_file(output / "01-dpo" / "reference.safetensors")["logprobs"]
-    known = {round(value, 3) for value in kept.tolist()}
-    assert {round(value, 3) for value in expected.tolist()} <= known
-    assert not {round(value, 3) for value in of_base.tolist()} & known
+    for logprobs, same in ((expected, True), (of_base, False)):
+        nearest = (kept[:, None] - logprobs).abs().amin(1)
+        assert bool((nearest < 1e-3).all()) == same
     adapted = load_adapted(str(chat_model), output / "00-sft" / "adapter")
     with torch.no_grad():
         logits = [model.network(batch.token_ids[None, :20]).logits for model in (adapted, merged)]
@@ -265,7 +265,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
     ("word", "file", "further"),
     [
         ("dpo", "hh_harmless_pairs.jsonl", {"on_error": "skip"}),
-        ("orpo", "dpo_en_sharegpt.jsonl", {"on_long": "truncate"}),
+        ("orpo", "dpo_en_sharegpt.jsonl", {}),
         ("kto", "kto_en_sharegpt.jsonl", {}),
         ("reward", "hh_harmless_pairs.jsonl", {"on_error": "skip"}),
     ],
@@ -275,9 +275,9 @@ def test_real_files_train_as_they_are(
 ) -> None:
     if not (DATA / file).exists():
         pytest.skip(f"{DATA / file} is not here")
-    given = {"model": str(chat_model), "data": str(DATA / file), "dtype": "fp32", "max_length": 1024, "max_steps": 2}
+    given = {"model": str(chat_model), "data": str(DATA / file), "dtype": "fp32", "max_length": 4096, "max_steps": 2}
     settings = settings_from(
-        STAGE_SETTINGS[word], {**given, "batch_size": 4, "adapter": {"type": "lora", "r": 4}, **further}
+        STAGE_SETTINGS[word], {**given, "batch_size": 2, "adapter": {"type": "lora", "r": 4}, **further}
     )
     prepared, summary = train(word, settings, load(str(chat_model)), tmp_path / "run")
     counts = prepared.counts

@@ -391,11 +391,10 @@ def test_a_reward_models_step_equals_trls(
     everything = sequences(batch["input_ids"], batch["attention_mask"], batch["attention_mask"].cumsum(1) > 1)
     pairs = zip(everything[:4], everything[4:], margins or [None] * 4, strict=True)
     groups = [TokenGroup((a, b), scores=None if m is None else (m, 0.0)) for a, b, m in pairs]
-    ours_network = load_reward(str(tmp_path / "model"), device="cpu").network
-    fuse(ours_network)
+    fuse(ours_network := load_reward(str(tmp_path / "model"), device="cpu").network)
     given = {"center_rewards": center or 0.0, "margins": margins is not None}
     ours, theirs = our_step(ours_network, "reward", given, groups), trl_step(trainer)
     theirs.told |= {"rewards/accuracies": theirs.told["accuracy"], "rewards/margins": theirs.told["margin"]}
     hold_equal(ours, theirs, ("rewards/accuracies", "rewards/margins"))
-    mean = (ours.told["rewards/chosen"] + ours.told["rewards/rejected"]) / 2
-    assert mean == pytest.approx(theirs.told["mean_reward"], rel=1e-5, abs=1e-5)
+    both = ours.told["rewards/chosen"] + ours.told["rewards/rejected"]
+    assert both == pytest.approx(2 * theirs.told["mean_reward"], rel=1e-5, abs=1e-5)
