@@ -33,7 +33,7 @@ from luthier.pipeline.plan import FIRST_MICRO_BATCH_TOKENS
 from luthier.pipeline.prepare import fresh_state, prepare_network
 from luthier.pipeline.reference import referred
 from luthier.pipeline.stages import STAGES
-from luthier.recipe.preference import Reference
+from luthier.recipe.preference import WithReference
 from luthier.recipe.settings import settings_from
 from luthier.recipe.stages import STAGE_SETTINGS
 from luthier.training.loop import Run, train_step
@@ -92,7 +92,7 @@ def run_luthier(word: str, dtype: str, pairs: Sequence[Pair], batch_size: int) -
     items: list[Any] = [group_of(p, model, word, i, b) for i, (p, b) in enumerate(zip(pairs, before, strict=True))]
     tokens = FIRST_MICRO_BATCH_TOKENS[model.device.type]
     started = time.perf_counter()
-    if isinstance(settings, Reference):
+    if isinstance(settings, WithReference):
         with tempfile.TemporaryDirectory() as folder:
             items = referred(items, model, Path(folder), name=None, micro_batch_tokens=tokens)
     of_reference = time.perf_counter() - started
