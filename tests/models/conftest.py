@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from luthier.models.load import Model
+from luthier.models.load import DTYPES, Model
+from luthier.models.save import save
 from luthier.models.sources import ResolvedSource
 
 Factory = Callable[..., PreTrainedModel]
@@ -64,3 +65,14 @@ def full_disk() -> Iterator[Callable[[], None]]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def base(model: Model, network: Factory, tmp_path: Path) -> Callable[..., Path]:
+    """Saves a tiny model of an architecture and gives its folder."""
+
+    def saved(architecture: str = "llama", *, dtype: str = "fp32", shard: int = 10**9, **settings: object) -> Path:
+        model.network = network(architecture, **settings).to(DTYPES[dtype])
+        return save(model, tmp_path / "base", max_shard_bytes=shard)
+
+    return saved

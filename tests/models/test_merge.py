@@ -21,7 +21,7 @@ from luthier.adapters.merge import merge_adapters
 from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.errors import AdapterError, ExportError, ModelError
 from luthier.models.certificate import certify
-from luthier.models.load import DTYPES, Model, load
+from luthier.models.load import Model, load
 from luthier.models.merge import merge_into
 from luthier.models.save import save
 from luthier.models.sources import resolve
@@ -43,15 +43,6 @@ Factory = Callable[..., PreTrainedModel]
 Saved = Callable[..., Path]
 
 SHARDED = 20_000  # bytes a file, which cuts a tiny model into several
-
-
-@pytest.fixture
-def base(model: Model, network: Factory, tmp_path: Path) -> Saved:
-    def saved(architecture: str = "llama", *, dtype: str = "fp32", shard: int = 10**9, **settings: object) -> Path:
-        model.network = network(architecture, **settings).to(DTYPES[dtype])
-        return save(model, tmp_path / "base", max_shard_bytes=shard)
-
-    return saved
 
 
 def trained(base: Path, settings: AdapterSettings | None = None, *, base_sha256: str | None = None) -> Path:

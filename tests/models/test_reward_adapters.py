@@ -23,7 +23,7 @@ from luthier.errors import AdapterError, ExportError, ModelError
 from luthier.models.adapted import load_adapted
 from luthier.models.certificate import certify
 from luthier.models.heads import score_rewards, trains_head, with_head, with_trained_head
-from luthier.models.load import DTYPES, Model, load, load_either
+from luthier.models.load import Model, load, load_either
 from luthier.models.merge import merge_into
 from luthier.models.quantize import quantize_base, quantized_as
 from luthier.models.rewards import load_reward
@@ -37,15 +37,6 @@ Saved = Callable[..., Path]
 
 IDS = torch.arange(1, 25).view(2, 12)
 SHARDED = 20_000  # bytes a file, which cuts a tiny model into several
-
-
-@pytest.fixture
-def base(model: Model, network: Factory, tmp_path: Path) -> Saved:
-    def saved(architecture: str = "llama", *, dtype: str = "fp32", shard: int = 10**9, **settings: object) -> Path:
-        model.network = network(architecture, **settings).to(DTYPES[dtype])
-        return save(model, tmp_path / "base", max_shard_bytes=shard)
-
-    return saved
 
 
 def trained(base: Path, settings: AnyAdapter | None = None, *, folder: str = "adapter") -> Path:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from luthier.kernels.logprobs import HeadOptions
+from luthier.kernels.logprobs import HeadOptions, logits_of
 
 __all__ = ["linear_divergence"]
 
@@ -31,8 +31,4 @@ def linear_divergence(
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    products = torch.nn.functional.linear(hidden, weight, bias)
-    logits = products.to(torch.promote_types(products.dtype, torch.float32)) * options.scale
-    if options.softcap is not None:
-        logits = options.softcap * torch.tanh(logits / options.softcap)
-    return torch.log_softmax(logits, dim=-1)
+    return torch.log_softmax(logits_of(torch.nn.functional.linear(hidden, weight, bias), options), dim=-1)

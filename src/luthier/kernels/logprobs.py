@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.linear import linear, product
 
-__all__ = ["FurtherRows", "HeadOptions", "linear_logprobs", "linear_logprobs_plain"]
+__all__ = ["FurtherRows", "HeadOptions", "linear_logprobs", "linear_logprobs_plain", "logits_of"]
 
 CHUNK_BYTES = (
     48 * 2**20
@@ -202,7 +202,7 @@ def _score(
     rows = max(1, CACHED_BYTES // (4 * products.shape[1])) if products.device.type == "cpu" else len(products)
     for start in range(0, len(targets), rows):
         few = slice(start, min(start + rows, len(targets)))
-        logits = _logits(products[few] if own is None else own.join(products[few], few), options)
+        logits = logits_of(products[few] if own is None else own.join(products[few], few), options)
         target, peak = targets[few, None], logits.amax(-1, keepdim=True)
         minus_softmax = (logits - peak).exp_()
         total = minus_softmax.sum(-1, keepdim=True)
@@ -217,8 +217,8 @@ def _score(
     return logprobs, entropy
 
 
-def _logits(products: Tensor, options: HeadOptions) -> Tensor:
-    """In place where the products are wide enough already."""
+def logits_of(products: Tensor, options: HeadOptions) -> Tensor:
+    """softcap(scale * products), in float32 or wider; in place where the products are wide enough already."""
     logits = products.to(_wide(products.dtype))
     if options.scale != 1.0:
         logits = logits.mul_(options.scale)

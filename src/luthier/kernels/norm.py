@@ -27,8 +27,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _scaled(wide: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    return (wide * inverse).mul_(_wide(weight))
+
+
 def _normed(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    return (_wide(x) * inverse).mul_(_wide(weight)).to(x.dtype)
+    return _scaled(_wide(x), weight, inverse).to(x.dtype)
 
 
 class _RMSNorm(Function):
@@ -37,7 +41,7 @@ class _RMSNorm(Function):
         wide = _wide(x)
         inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        normed = _normed(x, weight, inverse)
+        normed = _scaled(wide, weight, inverse).to(x.dtype)
         if not ctx.needs_input_grad[0]:  # then x is not kept
             return normed
         return can_be_formed_again(normed, _normed, x, weight, inverse)

@@ -53,10 +53,11 @@ TrainRound = Callable[[Stage, str, Path, Path], Summary]
 
 
 @dataclass(frozen=True, slots=True)
-class RoundResult:
-    """What a round did. pairs: of so many prompts; unpaired: why the others gave none, by reason. judged, compared: the
-    judge's counts in one line, of the answers that were ranked and of those that the win rate is of. rate: of the
-    policy's answers against those of the model before the first round, between low and high.
+class RoundResult(WinRate):
+    """What a round did, and how often the policy's answers win against those of the model before the first round.
+
+    pairs: of so many prompts; unpaired: why the others gave none, by reason. judged, compared: the judge's counts in
+    one line, of the answers that were ranked and of those that the win rate is of.
     """
 
     round: int
@@ -65,16 +66,6 @@ class RoundResult:
     unpaired: dict[str, int]
     judged: str
     compared: str
-    wins: int
-    ties: int
-    losses: int
-    rate: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """The win rate, in one line."""
-        return str(WinRate(self.wins, self.ties, self.losses, self.rate, self.low, self.high))
 
 
 def run_rounds(settings: IterativeDPO, source: str, folder: Path, train: TrainRound) -> tuple[list[Summary], str]:
@@ -227,7 +218,7 @@ class _Rounds:
         rate = win_rate(verdicts)
         if not rate.wins + rate.ties + rate.losses:
             raise TrainingError(f"round {number}: the judge compared no answers ({report}); run the same command again")
-        result = RoundResult(number, **counts, compared=str(report), **asdict(rate))
+        result = RoundResult(**asdict(rate), round=number, **counts, compared=str(report))
         write_whole(path, json.dumps(asdict(result), indent=1) + "\n")
         return result
 

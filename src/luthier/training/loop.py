@@ -201,15 +201,15 @@ def _count_or_skip(run: Run, grad_norm: float, step: Step) -> None:
 
 def evaluate_loss(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> float:
     """The mean loss a unit over all batches, without dropout. Raises TrainingError where nothing is trained in them."""
-    return _evaluated(network, batches, objective)["loss"]
+    with evaluating(network):
+        return _evaluated(network, batches, objective)["loss"]
 
 
 def _evaluated(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
     """The mean loss a unit, the perplexity where the unit is the token, and the metrics, over all batches."""
     if not any(batch.count("tokens") for batch in batches):
         raise TrainingError("no sequence to evaluate on has a trained token; look at it with `luthier data preview`")
-    with evaluating(network):
-        losses = [objective(network, batch) for batch in batches if batch.count("tokens")]
+    losses = [objective(network, batch) for batch in batches if batch.count("tokens")]
     num_units = sum(len(loss.per_unit) for loss in losses)
     totals: dict[str, Tensor] = {}
     for loss in losses:
