@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels.attention import BLOCK_QUERIES, put_prefix, ragged_attention
+from luthier.kernels.attention import put_prefix, ragged_attention
+from luthier.kernels.block_attention import BLOCK_QUERIES
 from luthier.kernels.streams import Segments, put_before_each, take_out
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -12,6 +13,8 @@ SCALE = SIZE**-0.5
 LENGTHS = (1, 9, 3, 17)
 ALONE = Segments.alone(LENGTHS)
 SHARED = Segments((6, 7, 1, 4, 9, 3), (None, 0, 0, None, 3, 3))  # two prompts with two answers each, 30 tokens too
+APART = Segments((6, 7, 4, 1, 9, 3), (None, 0, None, 2, 0, 2))  # answers to one prompt that do not lie side by side
+CUTS = pytest.mark.parametrize("segments", [ALONE, SHARED, APART], ids=["alone", "shared", "apart"])
 PATHS = [(torch.float64, None), (torch.float32, None), (torch.bfloat16, None), (torch.float32, 4), (torch.bfloat16, 4)]
 
 # of the largest entry. float32: sums of 30 products; bfloat16: scores, weights and sums rounded to 8 bits, 2^-8 each
@@ -39,7 +42,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segment
     return torch.softmax(scores, dim=-1) @ value
 
 
-@pytest.mark.parametrize("segments", [ALONE, SHARED], ids=["alone", "shared"])
+@CUTS
 @pytest.mark.parametrize(("dtype", "window"), PATHS, ids=str)
 def test_every_path_equals_one_masked_softmax_in_float64(
     dtype: torch.dtype, window: int | None, segments: Segments
@@ -54,6 +57,21 @@ def test_every_path_equals_one_masked_softmax_in_float64(
     for one, other in zip((attended, *(t.grad for t in ours)), (expected, *(t.grad for t in exact)), strict=True):
         bound = TOLERANCE[dtype] * float(other.detach().abs().max())
         torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
+
+
+@CUTS
+def test_key_heads_written_out_for_more_threads_change_no_gradient(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four threads have nothing to do for two of them where two key heads are all that the work is cut into."""
+    grads = []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        ours = leaves(torch.float64)
+        ragged_attention(*ours, segments, scale=SCALE).square().sum().backward()
+        grads.append([t.grad for t in ours])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("parents", [(None, None, None), (None, 0, 0)], ids=["alone", "shared"])
@@ -110,7 +128,7 @@ def test_values_may_have_another_head_size_than_keys(dtype: torch.dtype) -> None
     assert [t.grad.shape for t in (query, key, value)] == [t.shape for t in (query, key, value)]
 
 
-@pytest.mark.parametrize("segments", [ALONE, SHARED], ids=["alone", "shared"])
+@CUTS
 @pytest.mark.parametrize(("dtype", "window"), PATHS, ids=str)
 def test_every_sequence_sees_the_prefix_as_if_it_began_with_it(
     dtype: torch.dtype, window: int | None, segments: Segments

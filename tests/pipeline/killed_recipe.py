@@ -156,9 +156,14 @@ def kill_in_time(recipe: Path, how: str, number: int, seed: int) -> Counter[str]
     expected, phases, runs = outcome(whole / "run"), Counter[str](), count()
     folder = fresh(recipe.parent, f"killed-{next(runs)}")
     for moment in moments(times[1], times[2], number, seed):
-        while not is_killed(begin(run, folder), moment):
+        while True:
+            is_whole = not (folder / "run").exists()
+            if is_killed(begin(run, folder), moment):
+                break
             compare(expected, folder, folder.name)
             folder = fresh(recipe.parent, f"killed-{next(runs)}")
+            if is_whole:  # even a whole run is over by then: the machine is quicker than it was
+                moment = times[1] + 0.8 * (moment - times[1])
         phases[phase(folder / "run")] += 1
     was_killed(begin(run, folder))
     compare(expected, folder, folder.name)

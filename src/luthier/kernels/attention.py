@@ -1,28 +1,20 @@
 """Causal attention over sequences that lie end to end in one stream, without padding.
 
 Each segment attends to itself and to the one that it goes on from, so the work is the sum over sequences, not the
-square of the stream. PyTorch's fused kernel does it, but for bfloat16 on a CPU, where its backward pass is slow: there
-blocks of queries run as plain matrix products, and the backward pass forms their weights a second time. Neither stores
-the scores.
+square of the stream. Neither way of computing it stores the scores: PyTorch's fused kernel, on a CPU by
+`flash_attention`, or for bfloat16 on a CPU, where that kernel's backward pass is slow, `block_attention`.
 """
-
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from luthier.kernels.block_attention import block_attention
+from luthier.kernels.flash_attention import flash_attention
 from luthier.kernels.streams import Segments, put_before_each, take_out
 
 __all__ = ["ATTENTION", "KeysAndValues", "put_prefix", "ragged_attention", "window_mask"]
 
 ATTENTION = "luthier"  # what transformers knows it by
-
-BLOCK_QUERIES = 128  # on two AVX-512 cores 446 tokens took 9 ms, the fused kernel 15; 1,024 tokens 36 and 43
-BLOCK_MULTIPLE = 32  # each size of a product is compiled once and kept: 2 ms and 0.6 MB
-
 
 KeysAndValues = tuple[Tensor, Tensor]
 """Of a prefix: what stands before every text as if of tokens that came first, [key heads, virtual tokens, head size]
@@ -50,9 +42,11 @@ def ragged_attention(
         return _behind_prefix(query, key, value, segments, scale=scale, window=window, prefix=prefix)
     assert sum(segments.lengths) == query.shape[2], "segments must add up to the tokens of the stream"
     window = None if window is None or window >= segments.longest else window
-    if window is None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        attended: Tensor = _BlockAttention.apply(query[0], key[0], value[0], segments, scale)
-        return attended[None]
+    if window is None and query.device.type == "cpu":
+        if query.dtype == torch.bfloat16:
+            return block_attention(query[0], key[0], value[0], segments, scale)[None]
+        if query.shape[3] == value.shape[3]:
+            return flash_attention(query[0], key[0], value[0], segments, scale)[None]
     queries, keys, values = (t.split(list(segments.lengths), dim=2) for t in (query, key, value))
     pieces = [
         _fused(q, _behind(keys, i, parent), _behind(values, i, parent), scale, window)
@@ -143,107 +137,3 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int 
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-class _BlockAttention(Function):
-    """Attention of each segment by its definition, BLOCK_QUERIES at a time. Query heads that share a key head form one
-    matrix: [key heads, query heads per key head * queries, head size].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
-        heads, tokens, _ = query.shape
-        attended = query.new_empty(tokens, heads, value.shape[2]).transpose(0, 1)  # as the next layer reads it
-        for own, before in _places(segments):
-            q = _made_up(query[:, own])
-            (k, hidden), (v, _) = (_made_up_behind(t, own, before) for t in (key, value))
-            for rows in _blocks(q.shape[1]):
-                seen = slice(0, k.shape[1] - q.shape[1] + rows.stop)
-                _, weights = _attention_weights(q[:, rows], k[:, seen], hidden, scale)
-                _write(attended[:, own][:, rows], torch.bmm(weights, v[:, seen]))
-        ctx.save_for_backward(query, key, value)
-        ctx.segments, ctx.scale = segments, scale
-        return attended
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros(t.shape, device=t.device) for t in (key, value))  # sums stay in float32
-        for own, before in _places(ctx.segments):
-            q, g = (_made_up(t[:, own]) for t in (query, grad))
-            (k, hidden), (v, _) = (_made_up_behind(t, own, before) for t in (key, value))
-            sums = _backward_of_one((q, k, v, g), hidden, ctx.scale, into=grad_query[:, own])
-            for total, of_one in zip((grad_key, grad_value), sums, strict=True):
-                num_own, num_before = own.stop - own.start, before.stop - before.start
-                total[:, before] += of_one[:, hidden : hidden + num_before]
-                total[:, own] += of_one[:, hidden + num_before :][:, :num_own]
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
-
-
-def _backward_of_one(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor], hidden: int, scale: float, *, into: Tensor
-) -> tuple[Tensor, Tensor]:
-    """inputs: query, key, value and the gradient of what was attended, of one segment. into: where the queries' goes.
-    Returns those of keys and values.
-    """
-    q, k, v, grad = inputs
-    sum_k, sum_v = (torch.zeros(t.shape, device=t.device) for t in (k, v))
-    for rows in _blocks(q.shape[1]):
-        seen = slice(0, k.shape[1] - q.shape[1] + rows.stop)
-        scaled, weights = _attention_weights(q[:, rows], k[:, seen], hidden, scale)
-        grouped = grad[:, rows].reshape(len(k), -1, grad.shape[2])
-        grad_weights = torch.bmm(grouped, v[:, seen].transpose(1, 2))
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        _write(into[:, rows], torch.bmm(grad_scores, k[:, seen]).mul_(scale))
-        sum_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), scaled)
-        sum_v[:, seen] += torch.bmm(weights.transpose(1, 2), grouped)
-    return sum_k, sum_v
-
-
-def _places(segments: Segments) -> Iterator[tuple[slice, slice]]:
-    """Where each segment lies, and what it goes on from, which may be nothing."""
-    slices = segments.slices
-    for own, parent in zip(slices, segments.parents, strict=True):
-        yield own, slice(0, 0) if parent is None else slices[parent]
-
-
-def _blocks(tokens: int) -> list[slice]:
-    return [slice(i, min(i + BLOCK_QUERIES, tokens)) for i in range(0, tokens, BLOCK_QUERIES)]
-
-
-def _made_up(piece: Tensor) -> Tensor:
-    """[heads, tokens, size] and zeros up to a multiple of BLOCK_MULTIPLE tokens, which no earlier token sees."""
-    return torch.nn.functional.pad(piece, (0, 0, 0, -piece.shape[1] % BLOCK_MULTIPLE))
-
-
-def _made_up_behind(stream: Tensor, own: slice, before: slice) -> tuple[Tensor, int]:
-    """A segment behind what it goes on from, and how many zeros stand before both, which no token sees."""
-    hidden = -(before.stop - before.start) % BLOCK_MULTIPLE
-    if before.stop == before.start:
-        return _made_up(stream[:, own]), 0
-    return torch.cat(
-        [stream.new_zeros(len(stream), hidden, stream.shape[2]), stream[:, before], _made_up(stream[:, own])], 1
-    ), hidden
-
-
-def _write(target: Tensor, grouped: Tensor) -> None:
-    """target: [heads, queries, size], perhaps fewer queries than `grouped` was made up to."""
-    target.copy_(grouped.view(len(target), -1, target.shape[2])[:, : target.shape[1]])
-
-
-def _attention_weights(query: Tensor, key: Tensor, hidden: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The queries of a block, grouped and scaled, and softmax of their products with the keys up to the last query's
-    own, but for the first `hidden` of them.
-
-    The products stay in float32: in bfloat16 a score of 300, not rare where keys have a bias, would be off by one nat.
-    """
-    num_queries = query.shape[1]
-    scaled = query.reshape(len(key), -1, query.shape[2]).float() * scale
-    scores = torch.bmm(scaled, key.transpose(1, 2).float())
-    later = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query.device).triu_(1)
-    by_head = scores.view(len(query), num_queries, -1)
-    by_head[..., -num_queries:].masked_fill_(later, -torch.inf)
-    by_head[..., :hidden] = -torch.inf
-    return scaled.to(query.dtype), torch.softmax(scores, dim=-1).to(query.dtype)
