@@ -73,7 +73,9 @@ def test_a_stage_learns_its_rows_and_tells_rewards(
     assert summary.steps == 30
     steps = [line for line in lines if "loss" in line]
     assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= steps[-1].keys()
-    margins = [line["eval_rewards/chosen"] - line["eval_rewards/rejected"] for line in (first, last)]
+    margins = [line["eval_rewards/margins"] for line in (first, last)]
+    difference = last["eval_rewards/chosen"] - last["eval_rewards/rejected"]
+    assert margins[1] == pytest.approx(difference, rel=1e-5)
     assert margins[1] > margins[0]
     assert "eval_perplexity" not in last
     if word == "kto":

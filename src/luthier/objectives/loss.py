@@ -12,12 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Loss", "Metric", "Unit"]
+__all__ = ["DIFFERENCES", "Loss", "Metric", "Unit"]
 
 Unit = Literal["tokens", "sequences", "pairs"]
 
 
 Metric = Tensor | tuple[Tensor, Tensor]
+
+DIFFERENCES = {"rewards/margins": ("rewards/chosen", "rewards/rejected")}
+"""By name, the two means of which it is the difference, where an objective does not measure it by itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Every round is a DPO stage in a folder of its own, whose reference is the model that the round before left. After each,
 the policy's answers to prompts that are never trained on are compared with those of the model before the first round;
 when that win rate stops rising the rounds end, and the best round's model is the stage's. What was sampled is written
-down before it is judged, and pairs before they are learned from, so an interrupted run goes on where it stopped.
+down before it is judged, verdicts as they come, and pairs before they are learned from, so an interrupted run goes on
+where it stopped.
 """
 
 import gc
@@ -29,8 +30,9 @@ from luthier.data.writing import write_examples
 from luthier.errors import AdapterError, CheckpointError, DataError, TrainingError
 from luthier.evaluate.judges import judge_of
 from luthier.evaluate.ranking import Candidates, rank
+from luthier.evaluate.remembered import Remembered
 from luthier.evaluate.significance import WinRate, win_rate
-from luthier.evaluate.verdicts import Judge, JudgeReport, Question, compare_both_orders
+from luthier.evaluate.verdicts import Judge, JudgeReport, Question, ScalarJudge, compare_both_orders
 from luthier.files import write_whole
 from luthier.models.load import load
 from luthier.pipeline.claim import FREE_SETTINGS
@@ -187,13 +189,17 @@ class _Rounds:
             return path
         prompts = self._prompts_of(number)
         sampled = self._sampled(place / "answers.json", source, prompts, self.settings.num_answers, seed=number + 1)
-        pairs, unpaired, report = _ranked(self.judge, prompts, sampled)
+        pairs, unpaired, report = _ranked(self._judge_of(place), prompts, sampled)
         if not pairs:
             raise TrainingError(_nothing_preferred(number, unpaired, report))
         counts = {"prompts": len(prompts), "pairs": len(pairs), "unpaired": unpaired, "judged": str(report)}
         write_whole(place / "judged.json", json.dumps(counts, indent=1) + "\n")
         write_examples(pairs, path)
         return path
+
+    def _judge_of(self, place: Path) -> Judge:
+        """The judge; what one that reads has said in a round is kept there. Numbers are had again at once."""
+        return self.judge if isinstance(self.judge, ScalarJudge) else Remembered(self.judge, place / "verdicts.jsonl")
 
     def _prompts_of(self, number: int) -> list[Prompt]:
         """Each at most once in a round."""
@@ -214,7 +220,7 @@ class _Rounds:
             Question(prompt.messages, one.text, other.text, prompt.row)
             for prompt, (one,), (other,) in zip(prompts, now, before, strict=True)
         ]
-        verdicts, report = compare_both_orders(self.judge, questions)
+        verdicts, report = compare_both_orders(self._judge_of(place), questions)
         rate = win_rate(verdicts)
         if not rate.wins + rate.ties + rate.losses:
             raise TrainingError(f"round {number}: the judge compared no answers ({report}); run the same command again")

@@ -19,7 +19,7 @@ from luthier.adapters.inject import after_step, before_step, penalty
 from luthier.data.batches import StepPlan, TokenBatch, cut
 from luthier.errors import TrainingError
 from luthier.models.score import evaluating
-from luthier.objectives.loss import Loss
+from luthier.objectives.loss import DIFFERENCES, Loss
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, Metrics
 from luthier.training.checkpoints import Checkpoints
@@ -169,6 +169,9 @@ def _read(measured: dict[str, Tensor]) -> dict[str, float]:
         total, number = value.tolist() if value.ndim else (float(value), 1.0)
         if number:
             read[name] = total / number
+    for name, (one, other) in DIFFERENCES.items():
+        if {one, other} <= read.keys():
+            read.setdefault(name, read[one] - read[other])
     return read
 
 
