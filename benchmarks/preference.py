@@ -2,9 +2,9 @@
 
 Prompts and answers have fixed lengths and are made of common words; token ids, batch, model, type, adapter, learning
 rate and reference are the same. TRL runs in two settings, all pairs of a step in one padded batch and one pair at a
-time with accumulation, and the better one counts. Each contender has a process of its own, and they take turns, step by
-step, so that a machine that is slower for a while is so for all. Luthier's time includes the reference model's
-log-probabilities, which it computes once beforehand and TRL in every step. The losses are printed side by side.
+time with accumulation, and the better one counts. Each contender runs in a process of its own, with --rounds 2 all of
+them twice, one after another, since a machine may be slower for some minutes. Luthier's time includes the reference
+model's log-probabilities, which it computes once beforehand and TRL in every step. The losses are printed side by side.
 """
 
 import argparse
@@ -46,8 +46,6 @@ WORDS = (
     *("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world"),
     *("school", "state", "family", "student", "group", "country"),
 )
-
-READY, RESULT = "ready", "result "  # what a contender says to its parent
 
 Pair = dict[str, str]
 
@@ -93,7 +91,6 @@ def run_luthier(word: str, dtype: str, pairs: Sequence[Pair], batch_size: int) -
     before = [pairs[-1], *pairs[:-1]]
     items: list[Any] = [group_of(p, model, word, i, b) for i, (p, b) in enumerate(zip(pairs, before, strict=True))]
     tokens = FIRST_MICRO_BATCH_TOKENS[model.device.type]
-    wait_for_turn()
     started = time.perf_counter()
     if isinstance(settings, WithReference):
         with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +101,6 @@ def run_luthier(word: str, dtype: str, pairs: Sequence[Pair], batch_size: int) -
     run = Run(fresh_state(settings, model), plan, method.objective, settings, tokens, prepare=method.prepare)
     seconds, losses = [], []
     for _ in range(plan.num_steps):
-        wait_for_turn()
         started = time.perf_counter()
         losses.append(train_step(run)["loss"])
         seconds.append(time.perf_counter() - started + of_reference / plan.num_steps)
@@ -159,25 +155,22 @@ def run_trl(word: str, dtype: str, pairs: Sequence[Pair], batch_size: int, *, mi
                 modules_to_save=["score"] if of_reward else None,
             ),
         )
+        started = time.perf_counter()
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return {"seconds": clock.seconds, "losses": losses}
+    return {"seconds": np.diff([started, *clock.moments]).tolist(), "losses": losses}
 
 
 def _clock() -> Any:
-    """Waits for the turn before each step, and measures it."""
+    """Remembers when each step was over."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            wait_for_turn()
-            self.started = time.perf_counter()
+            self.moments: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.started)
+            self.moments.append(time.perf_counter())
 
     return Clock()
 
@@ -226,57 +219,16 @@ CONTENDERS: dict[str, Callable[[str, str, Sequence[Pair], int], dict[str, Any]]]
 }
 
 
-def wait_for_turn() -> None:
-    """Until the parent process says so."""
-    print(READY, flush=True)
-    sys.stdin.readline()
-
-
-class Contender:
-    """A process of its own that is ready for its first step."""
-
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        same = [
-            f"--{key.replace('_', '-')}={value}"
-            for key, value in vars(options).items()
-            if key not in ("only", "without", "output")
-        ]
-        self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, f"--only={name}", *same],
-            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True},
-        )
-        self.result: dict[str, Any] | None = None
-        self._listen()
-
-    def step(self) -> bool:
-        """Does a step; whether there was one left."""
-        if self.result is None:
-            assert self.process.stdin is not None
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-            self._listen()
-        return self.result is None
-
-    def _listen(self) -> None:
-        """Until it waits for its turn, or has told its result."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.strip() == READY:
-                return
-            if line.startswith(RESULT):
-                self.result = json.loads(line.removeprefix(RESULT))
-                return
-        self.errors.seek(0)
-        raise SystemExit(f"{self.name}: {self.errors.read()[-2000:]}")
-
-
-def contend(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The results of all, which take turns."""
-    contenders = [Contender(name, options) for name in CONTENDERS if name not in options.without]
-    while any([contender.step() for contender in contenders]):
-        pass
-    return {contender.name: contender.result for contender in contenders if contender.result is not None}
+def contend(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs one contender in a process of its own; adds its peak memory."""
+    own = ("only", "without", "rounds", "output")
+    same = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items() if key not in own]
+    command = [sys.executable, __file__, f"--only={name}", *same]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -288,6 +240,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=80, help="tokens of an answer")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=list(CONTENDERS), help="run this one and print its numbers as JSON")
     parser.add_argument("--without", choices=list(CONTENDERS), action="append", default=[])
     parser.add_argument("--output", type=Path, help="a JSON file that the numbers are added to")
@@ -296,10 +249,13 @@ def main() -> None:
     if options.only:
         result = CONTENDERS[options.only](options.method, options.dtype, pairs, options.batch_size)
         result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(RESULT + json.dumps(result), flush=True)
+        print(json.dumps(result))
         return
-    results = contend(options)
-    speed = {name: options.batch_size / statistics.median(r["seconds"][1:]) for name, r in results.items()}
+    names = [name for name in CONTENDERS if name not in options.without]
+    rounds = [{name: contend(name, options) for name in names} for _ in range(options.rounds)]
+    results = rounds[0]
+    seconds = {name: [s for one in rounds for s in one[name]["seconds"][1:]] for name in names}
+    speed = {name: options.batch_size / statistics.median(seconds[name]) for name in names}
     lengths = f"prompt {options.prompt} + 2 x {options.answer}"
     print(f"{options.method}, {options.dtype}, {lengths}, steps of {options.batch_size}")
     for name, result in results.items():
