@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cpo": {"beta": 0.1},
     "reward": {},
 }
-RATE = {"persona": 2e-4, "hh": 1e-4, "alpaca": 1e-4}
+RATE = {"persona": 1e-3, "hh": 1e-4, "alpaca": 1e-4}
 
 
 def rows_of(name: str, num_train: int, num_held_out: int, folder: Path) -> tuple[dict[str, Path], list[Preference]]:
@@ -104,7 +104,7 @@ def run(method: str, data: str, files: dict[str, Path], held_out: list[Preferenc
     model = lt.load("smollm2-135m", dtype="bf16")
     started = time.perf_counter()
     file = files["verdicts" if method == "kto" else "pairs"]
-    given = {"data": file, "adapter": lt.LoRA(r=16), "learning_rate": RATE[data], "batch_size": 16, "seed": 1}
+    given = {"data": file, "adapter": lt.LoRA(r=16), "learning_rate": RATE[data], "batch_size": 8, "seed": 1}
     getattr(lt, method)(model, **given, **METHODS[method], output=folder / method)
     seconds = time.perf_counter() - started
     if method == "reward":
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=list(DATA), default="persona")
     parser.add_argument("--train", type=int, default=480, help="pairs to learn from")
-    parser.add_argument("--held-out", type=int, default=240, help="pairs to compare on")
+    parser.add_argument("--held-out", type=int, default=200, help="pairs to compare on")
     parser.add_argument("--only", action="append", choices=list(METHODS))
     parser.add_argument("--output", type=Path, help="A JSON file for the numbers; those that it has are not run again.")
     given = parser.parse_args()
