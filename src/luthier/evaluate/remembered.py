@@ -25,9 +25,9 @@ class Remembered:
 
     def compare(self, questions: Sequence[Question]) -> list[Verdict]:
         """One verdict for each question, in their order; equal questions are asked once."""
-        verdicts = self._read()
-        open_questions = {digest: q for q in questions if (digest := _digest(q)) not in verdicts}
-        waiting = list(open_questions.items())
+        verdicts, digests = self._read(), [_digest(question) for question in questions]
+        asked = zip(digests, questions, strict=True)
+        waiting = list({digest: question for digest, question in asked if digest not in verdicts}.items())
         with self.path.open("a", encoding="utf-8") as file:
             for start in range(0, len(waiting), AT_A_TIME):
                 some = waiting[start : start + AT_A_TIME]
@@ -37,7 +37,7 @@ class Remembered:
                     if verdict.outcome != "failed":
                         file.write(_line(digest, verdict))
                 file.flush()
-        return [verdicts[_digest(question)] for question in questions]
+        return [verdicts[digest] for digest in digests]
 
     def _read(self) -> dict[str, Verdict]:
         """What was heard before. A last line that a kill cut short is dropped, also from the file."""
