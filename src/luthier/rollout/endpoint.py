@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server, asked over HTTP by the standard library.
+"""A model behind a server, asked over HTTP by the standard library: for JSON, or for a turn of a conversation.
 
 A request is repeated after a timeout, a lost connection, or a status that says "later", with exponentially growing,
 jittered pauses, or the pause that the server asks for. What cannot be had comes back as a Failure, never as an
@@ -11,11 +11,12 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from http.client import HTTPException, HTTPResponse, IncompleteRead
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import (
     HTTPDefaultErrorHandler,
@@ -34,13 +35,14 @@ from luthier.data.strict_json import parse_json
 from luthier.errors import DataError, RecipeError
 from luthier.rollout.scoring import Failure
 
-__all__ = ["WRONG_JSON", "Endpoint", "Reply", "key_from"]
+__all__ = ["WRONG_JSON", "Endpoint", "Reply", "is_silence", "key_from"]
 
 WRONG_JSON = "wrong JSON"  # the reason of a Failure that no repetition here can mend
 
+_TIMED_OUT, _NO_CONNECTION = "timed out", "no connection"
+
 _LATER = (408, 425, 429)  # statuses, besides 5xx, that a repetition may mend
 _LONGEST_PAUSE_SECONDS = 120.0
-_LARGEST_REPLY_BYTES = 16 * 2**20
 _PIECE_BYTES = 2**16
 _SHOWN_CHARACTERS = 200
 
@@ -68,7 +70,8 @@ class _Trouble:
 class Endpoint:
     """A model of a server. url: up to /v1. timeout_seconds: of one reply. retries: of one question.
 
-    sleep, jitter: how pauses are made, for tests. Raises RecipeError for a key that no header can hold.
+    most_bytes: of a reply. sleep, jitter: how pauses are made, for tests. Raises RecipeError for a key that no header
+    can hold.
     """
 
     url: str
@@ -76,6 +79,7 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     timeout_seconds: float = 30.0
     retries: int = 3
+    most_bytes: int = 16 * 2**20
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     jitter: random.Random = field(default_factory=random.Random, repr=False)
 
@@ -91,38 +95,56 @@ class Endpoint:
             "max_tokens": max_new_tokens,
             "temperature": temperature,
         }
+        return _reply_in(self.ask("/chat/completions", asked))
+
+    def ask(self, path: str, asked: Mapping[str, Any]) -> Any | Failure:
+        """What the JSON says that is answered at this path below the url, or why there is none. Safe in threads."""
+        found = self.post(path, asked)
+        if isinstance(found, Failure):
+            return found
+        try:
+            return parse_json(found.decode())
+        except (UnicodeDecodeError, DataError) as error:
+            return Failure(WRONG_JSON, self._safe(str(error)))
+
+    def post(self, path: str, asked: Mapping[str, Any]) -> bytes | Failure:
+        """The body of the answer at this path below the url, or why there is none after all repetitions."""
         body = json.dumps(asked).encode()
-        found = self._ask(body)
+        found = self._ask(path, body)
         for attempt in range(self.retries):
             if isinstance(found, bytes) or not found.later:
                 break
             pause = self._pause(attempt) if found.pause_seconds is None else found.pause_seconds
             _log.info("%s: %s; asking again in %.1f s", self.url, found.failure.reason, pause)
             self.sleep(pause)
-            found = self._ask(body)
-        return _reply_in(found) if isinstance(found, bytes) else found.failure
+            found = self._ask(path, body)
+        return found if isinstance(found, bytes) else found.failure
+
+    def beside_v1(self) -> "Endpoint":
+        """The same server, for what lies beside /v1 and not below it."""
+        return replace(self, url=self.url.removesuffix("/v1"))
 
     def _pause(self, attempt: int) -> float:
         """Seconds: 1, 2, 4... times a half to three halves, so that parallel questions do not come back together."""
         return float(min(2.0**attempt * self.jitter.uniform(0.5, 1.5), _LONGEST_PAUSE_SECONDS))
 
-    def _ask(self, body: bytes) -> bytes | _Trouble:
+    def _ask(self, path: str, body: bytes) -> bytes | _Trouble:
         headers = {"Content-Type": "application/json", "User-Agent": f"luthier/{__version__}"}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
-        request = Request(f"{self.url}/chat/completions", data=body, headers=headers, method="POST")
+        request = Request(f"{self.url}{path}", data=body, headers=headers, method="POST")
         deadline = time.monotonic() + self.timeout_seconds
         try:
             with _opener().open(request, timeout=self.timeout_seconds) as response:
-                return _read(response, deadline)
+                return _read(response, deadline, self.most_bytes)
         except HTTPError as error:
             with error:
                 return self._refused(error)
         except (OSError, HTTPException, UnicodeError) as error:  # a host's name may be none
             cause = error.reason if isinstance(error, URLError) else error
             if isinstance(cause, TimeoutError):
-                return _Trouble(Failure("timed out", f"no reply within {self.timeout_seconds:g} seconds"))
-            return _Trouble(Failure("no connection", self._safe(str(cause) or type(cause).__name__)))
+                return _Trouble(Failure(_TIMED_OUT, f"no reply within {self.timeout_seconds:g} seconds"))
+            return _Trouble(Failure(_NO_CONNECTION, self._safe(str(cause) or type(cause).__name__)))
 
     def _refused(self, error: HTTPError) -> _Trouble:
         failure = Failure(f"HTTP {error.code}", self._detail(error))
@@ -148,6 +170,11 @@ class Endpoint:
         return " ".join(shown.split())[:_SHOWN_CHARACTERS]
 
 
+def is_silence(failure: Failure) -> bool:
+    """Whether a server gave no answer at all, as one that is down does, rather than refused what it was asked."""
+    return failure.reason in (_TIMED_OUT, _NO_CONNECTION) or failure.reason.startswith("HTTP 5")
+
+
 def key_from(environment: Mapping[str, str], name: str) -> str:
     """The key in an environment variable. Raises RecipeError, without the key."""
     key = environment.get(name, "").strip()
@@ -166,14 +193,14 @@ def _opener() -> OpenerDirector:
     return opener
 
 
-def _read(response: HTTPResponse, deadline: float) -> bytes:
+def _read(response: HTTPResponse, deadline: float, most_bytes: int) -> bytes:
     """The whole body; the socket's own timeout would allow each byte so long. Raises OSError or HTTPException."""
     pieces, size = [], 0
     while piece := response.read1(_PIECE_BYTES):
         pieces.append(piece)
         size += len(piece)
-        if size > _LARGEST_REPLY_BYTES:
-            raise HTTPException(f"a reply of more than {_LARGEST_REPLY_BYTES} bytes")
+        if size > most_bytes:
+            raise HTTPException(f"a reply of more than {most_bytes} bytes")
         if time.monotonic() > deadline:
             raise TimeoutError
     if response.length:
@@ -181,12 +208,10 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
     return b"".join(pieces)
 
 
-def _reply_in(body: bytes) -> Reply | Failure:
-    try:
-        value = parse_json(body.decode())
-    except (UnicodeDecodeError, DataError) as error:
-        return Failure(WRONG_JSON, str(error))
+def _reply_in(value: Any | Failure) -> Reply | Failure:
     match value:
+        case Failure():
+            return value
         case {"choices": [{"message": {"content": str(text)}} as choice, *_]}:
             finish = choice.get("finish_reason")
             return Reply(text, finish if isinstance(finish, str) else None)

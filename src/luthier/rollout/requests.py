@@ -50,8 +50,8 @@ class Sample:
     """An answer. token_ids: [tokens] int32, with the one that ended it. text: without that.
 
     logprobs: [tokens] float32, in nats: of each token by the model's distribution at the temperature (1 where that is
-    0), before top_k, top_p, min_p and repetition_penalty cut it. finished: it ended by itself, and not because it was
-    as long as it may be.
+    0), before top_k, top_p, min_p and repetition_penalty cut it; all nan where the engine cannot tell them. finished:
+    it ended by itself, and not because it was as long as it may be.
     """
 
     token_ids: NDArray[np.int32]
@@ -64,5 +64,8 @@ class Engine(Protocol):
     """Samples answers."""
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Sample, ...] | Failure]:
-        """For each request its answers, `count` of them, or why there are none."""
+        """For each request its answers, `count` of them, or why there are none.
+
+        Raises RecipeError for a Sampling that the engine cannot follow.
+        """
         ...
