@@ -26,7 +26,7 @@ from luthier.rollout.patience import Patience
 from luthier.rollout.pushing import Pusher, pusher_of
 from luthier.rollout.requests import Request, Sample, Sampling
 from luthier.rollout.scoring import Failure
-from luthier.rollout.server_kinds import SERVERS, Asked, Drawn
+from luthier.rollout.server_kinds import NO_ANSWER, SERVERS, Asked, Drawn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ class ServerEngine:
             return value
         try:
             drawn = server.read(value)
-        except (AttributeError, LookupError, TypeError, ValueError):
+        except NO_ANSWER:
             return Failure(_WRONG_ANSWER, f"the reply is not what a server of kind {self.kind} answers")
         if len(drawn) != len(asked.seeds):
             return Failure(_WRONG_ANSWER, f"{len(drawn)} answers came back, {len(asked.seeds)} were asked for")

@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from luthier.recipe.rollout_servers import LogprobsMode, ServerKind
 from luthier.rollout.requests import Sampling
 
-__all__ = ["SERVERS", "Asked", "Drawn", "ServerProtocol"]
+__all__ = ["NO_ANSWER", "SERVERS", "Asked", "Drawn", "ServerProtocol"]
+
+NO_ANSWER = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
+"""What reading JSON of another shape raises."""
 
 _ROUNDING = 1e-3  # a log-probability may be so much above 0
 _LLAMA_CPP_FINISH = {"eos": "stop", "word": "stop", "limit": "length"}
@@ -39,8 +42,8 @@ class Asked:
 class Drawn:
     """What a server says of one answer: text, tokens and their log-probabilities, None where it says none.
 
-    token_ids: [tokens] int64. logprobs: [tokens] float32, nan for a token that has none. finish: stop, length, or
-    whatever else ended it.
+    token_ids: [tokens] int64. logprobs: [tokens] float32, nan for a token that has none; they may be fewer. finish:
+    stop, length, or whatever else ended it.
     """
 
     text: str
@@ -53,10 +56,9 @@ class Drawn:
 class ServerProtocol:
     """How a kind of server is spoken to. path: below /v1, or beside it where it is `native`.
 
-    body: what is sent. read: the answers in the JSON that came back; raises AttributeError, LookupError, TypeError or
-    ValueError where that is nothing such a server says. tells: whether its log-probabilities are those that
-    `rollout.requests.Sample` holds. together: it draws several answers in one request, each by its own seed. lacks:
-    what of Sampling it does not know.
+    body: what is sent. read: the answers in the JSON that came back; raises one of NO_ANSWER where that is nothing such
+    a server says. tells: whether its log-probabilities are those that `rollout.requests.Sample` holds. together: it
+    draws several answers in one request, each by its own seed. lacks: what of Sampling it does not know.
     """
 
     path: str
@@ -170,15 +172,13 @@ def _generated(text: str, meta: Mapping[str, Any]) -> Drawn:
 
 
 def _read_llama_cpp(value: Any) -> list[Drawn]:
-    """Log-probabilities lack the tokens of a stop text, and those that end within a character: then there are none.
+    """Log-probabilities lack the tokens of a stop text and those that end within a character: then they are too few.
 
     What ran out of the context may have forgotten its prompt on the way, and is no answer.
     """
     finish = "truncated" if value.get("truncated") else _LLAMA_CPP_FINISH[value["stop_type"]]
     said = value.get("completion_probabilities") or []
-    logprobs = [token["logprob"] for token in said]
-    agree = [token["id"] for token in said] == value["tokens"]
-    return [_drawn(value["content"], finish, value["tokens"], logprobs if agree else None)]
+    return [_drawn(value["content"], finish, value["tokens"], [token["logprob"] for token in said])]
 
 
 def _drawn(text: Any, finish: Any, token_ids: Any, logprobs: Any) -> Drawn:
