@@ -32,7 +32,12 @@ FLOORS = (
 LOSS_TYPE = "luthier.objectives.loss"
 
 # Imports inside a function, outside cli/: what an optional extra brings, in the one module that serves it.
-EXTRAS_IMPORTED_LATE = {("luthier.training.callbacks", "torch.utils.tensorboard")}
+EXTRAS_IMPORTED_LATE = {
+    ("luthier.rollout.numbers", "math_verify"),
+    ("luthier.rollout.rules", "jsonschema"),
+    ("luthier.rollout.rules", "referencing"),
+    ("luthier.training.callbacks", "torch.utils.tensorboard"),
+}
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub"}
 

@@ -127,6 +127,7 @@ def test_flags_name_functions_and_several_rewards() -> None:
         ),
         ({"type": "regex", "pattern": "("}, r'^reward\.pattern: expected a regular expression, got "\("'),
         ({"type": "tags", "tags": ["<a>"]}, r'^reward\.tags\[0\]: expected the bare name of a tag.*"<a>"$'),
+        ({"type": "tags", "tags": ["a", "a"]}, r"^reward\.tags: expected each tag once$"),
         ({"type": "tags", "tags": []}, r"^reward\.tags: expected at least one entry"),
         ({"type": "math", "colunm": "x"}, r'^reward\.colunm: unknown field; did you mean "column"\?$'),
         ({"type": "function", "function": "a.py:f", "timeout_seconds": 0}, r"expected more than 0"),

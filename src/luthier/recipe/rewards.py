@@ -23,6 +23,7 @@ __all__ = [
     "REWARD_SETTINGS",
     "AnyReward",
     "CodeReward",
+    "ComparedReward",
     "ExactReward",
     "FunctionReward",
     "JsonReward",
@@ -58,7 +59,7 @@ class AnyReward(Settings):
         return self.name or self.type
 
 
-class _Compared(AnyReward):
+class ComparedReward(AnyReward):
     """What rewards that compare with a column know."""
 
     column: Word = "answer"
@@ -157,8 +158,15 @@ class TagsReward(AnyReward):
     tags: Annotated[tuple[Annotated[Word, AfterValidator(_tag)], ...], MinLen(1)] = ("think", "answer")
     """The names of the tags, in their order."""
 
+    @field_validator("tags")
+    @classmethod
+    def _stand_once(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tags)) < len(tags):
+            raise ValueError("expected each tag once")
+        return tags
 
-class ExactReward(_Compared):
+
+class ExactReward(ComparedReward):
     """1 for an answer that equals the column's text, or one of its texts; only white space and case may differ."""
 
     type: Literal["exact"] = "exact"
@@ -168,7 +176,7 @@ class ExactReward(_Compared):
     """Whether capitals count as small letters."""
 
 
-class NumericReward(_Compared):
+class NumericReward(ComparedReward):
     """1 for an answer whose number equals the column's."""
 
     type: Literal["numeric"] = "numeric"
@@ -185,7 +193,7 @@ class NumericReward(_Compared):
     """How far apart equal numbers may be."""
 
 
-class MathReward(_Compared):
+class MathReward(ComparedReward):
     """1 for an answer that is mathematically equal to the column's, by the library math-verify."""
 
     type: Literal["math"] = "math"

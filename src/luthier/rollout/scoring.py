@@ -1,8 +1,8 @@
 """A number for each answer, or the reason why it has none: one answer's failure is never the run's.
 
-Numbers come from a Python function in a file that the user named, or from a reward model. Whatever the function does
-(raises, exits, returns text or NaN) becomes a Failure of that answer, with a reason short enough to be counted. What
-this cannot stop is a function that never returns.
+Numbers come from a Python function, or from a reward model. Whatever the function does (raises, exits, returns text or
+NaN) becomes a Failure of that answer, with a reason short enough to be counted. A function that never returns is
+stopped where it runs in a process of its own, which is `isolated.py`'s.
 """
 
 import copy
@@ -24,10 +24,14 @@ __all__ = [
     "Answered",
     "Failure",
     "Rewards",
+    "Rule",
     "Score",
     "ScoringFunction",
     "finite",
     "function_from",
+    "guarded",
+    "rule_by",
+    "said",
     "scored_by",
     "scored_by_model",
 ]
@@ -58,6 +62,9 @@ class Failure:
 
 Score = float | Failure
 
+Rule = Callable[[Answered], Score]
+"""What gives one answer its number; it may raise."""
+
 
 def function_from(place: str) -> ScoringFunction:
     """The function that `file.py:function` names; runs the file. Raises RecipeError."""
@@ -73,7 +80,7 @@ def function_from(place: str) -> ScoringFunction:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise RecipeError(f"{path}: cannot be run ({_said(error)}); mend it") from error
+        raise RecipeError(f"{path}: cannot be run ({said(error)}); mend it") from error
     function = vars(module).get(name)
     if not callable(function):
         raise RecipeError(f"{path}: defines no function {name!r}; check the name after the colon")
@@ -82,7 +89,28 @@ def function_from(place: str) -> ScoringFunction:
 
 def scored_by(function: ScoringFunction, answered: Sequence[Answered]) -> list[Score]:
     """The function's number for each answer, in their order. It gets copies, so it cannot change anybody's data."""
-    return [_call(function, one) for one in answered]
+    return [guarded(rule_by(function), one) for one in answered]
+
+
+def rule_by(function: ScoringFunction) -> Rule:
+    """The function's number, where it returns one that is finite."""
+
+    def rule(one: Answered) -> Score:
+        prompt = [{"role": message.role, "content": message.content} for message in one.prompt]
+        value: object = function(prompt, one.answer, copy.deepcopy(dict(one.row)))
+        if not isinstance(value, Real | np.bool_):
+            return Failure(f"returned {type(value).__name__}", "expected a number")
+        return finite(float(value))
+
+    return rule
+
+
+def guarded(rule: Rule, one: Answered) -> Score:
+    """The rule's number, or what it raised."""
+    try:
+        return rule(one)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        return Failure(f"raised {type(error).__name__}", said(error))
 
 
 def scored_by_model(rewards: Rewards, answered: Sequence[Answered]) -> list[Score]:
@@ -101,17 +129,6 @@ def finite(number: float) -> Score:
     return number if math.isfinite(number) else Failure(f"returned {number}", "expected a finite number")
 
 
-def _call(function: ScoringFunction, one: Answered) -> Score:
-    prompt = [{"role": message.role, "content": message.content} for message in one.prompt]
-    try:
-        value: object = function(prompt, one.answer, copy.deepcopy(dict(one.row)))
-        if not isinstance(value, Real | np.bool_):
-            return Failure(f"returned {type(value).__name__}", "expected a number")
-        return finite(float(value))
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        return Failure(f"raised {type(error).__name__}", _said(error))
-
-
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")
