@@ -71,14 +71,17 @@ def test_the_rank_of_a_step_is_that_of_all_layers_and_depends_on_seed_and_step_a
     assert [drawn(Step(i, 9, 8)) for i in range(9)] != first
 
 
-def test_ranks_are_drawn_evenly() -> None:
-    """Of 2,100 draws, 300 fall on each of 7 ranks with a deviation of 16; 80 is five of it."""
+def test_ranks_are_drawn_evenly_but_for_the_highest() -> None:
+    """Of 2,100 draws a quarter and a seventh of the rest, 750, are the highest rank, with a deviation of 22; on each of
+    the 6 others fall 225, with a deviation of 14. 75 and 110 are five of these.
+    """
     [adapter] = inject(network(), Settings(r=8, min_r=2, target_modules=("layers.0.self_attn.q_proj",)), seed=0)
     counts = dict.fromkeys(RANKS, 0)
     for i in range(2100):
         before_step([adapter], Step(i, 2100, 0))
         counts[adapter.drawn] += 1
-    assert all(abs(count - 300) < 80 for count in counts.values())
+    assert abs(counts.pop(8) - 750) < 110
+    assert all(abs(count - 225) < 75 for count in counts.values())
 
 
 @pytest.mark.parametrize("rank", [2, 5, 8])
