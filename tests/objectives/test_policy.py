@@ -59,6 +59,10 @@ def of_values(t: Token) -> float:
     return 0.5 * max((t.value - t.returned) ** 2, (near - t.returned) ** 2)
 
 
+def value_is_clipped(t: Token) -> bool:
+    return abs(t.value - t.old_value) > 0.2 and of_values(t) > 0.5 * (t.value - t.returned) ** 2
+
+
 def over_tokens(answers: list[Answer], loss: Callable[[Token], float]) -> float:
     tokens = [token for answer in answers for token in answer]
     return sum(map(loss, tokens)) / len(tokens)
@@ -103,7 +107,7 @@ METHODS = {
 }
 # Every term at once.
 TERMS = {"kl_weight": 0.1, "entropy_weight": 0.02, "importance_cap": 2.0, "value_weight": 0.1, "value_clip": 0.2}
-WHOLE = {name: replace(method, **TERMS) for name, method in METHODS.items()}
+WHOLE = {name: replace(method, **TERMS, kl_corrected=name not in ("grpo", "rloo")) for name, method in METHODS.items()}
 
 # One advantage an answer, as methods without a value head have it; log-ratios within and beyond the clipped region.
 nats, shift, number = st.floats(-3, -0.01), st.floats(-0.6, 0.6), st.floats(-2, 2)
@@ -232,7 +236,7 @@ def test_an_answer_without_tokens_costs_nothing(aggregate: str) -> None:
 @given(st.lists(st.floats(-4, 4), min_size=2, max_size=6), st.lists(st.floats(-4, 4), min_size=6, max_size=6))
 def test_estimates_have_the_kl_as_their_mean_and_k2_its_gradient(logits: list[float], other: list[float]) -> None:
     """Exactly, summed over all tokens. A loss of samples has the gradient of sum p f(log p) at fixed p: that is the
-    KL's for k2 and nothing for k1.
+    KL's for k2 and nothing for k1; and times the ratio p / p it is the KL's for k1 and k3.
     """
     free = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     p, q = free.log_softmax(0), torch.tensor(other[: len(logits)], dtype=torch.float64).log_softmax(0)
@@ -240,10 +244,17 @@ def test_estimates_have_the_kl_as_their_mean_and_k2_its_gradient(logits: list[fl
     (expected,) = torch.autograd.grad(kl, free, retain_graph=True)
     for name in ("k1", "k3"):
         torch.testing.assert_close((p.exp() * kl_estimates(p, q, name)).sum(), kl, rtol=1e-9, atol=1e-12)
-    for name, gradient_ in (("k2", expected), ("k1", torch.zeros_like(expected))):
-        mean = (p.detach().exp() * kl_estimates(p, q, name)).sum()
+    ratios = (p - p.detach()).exp()
+    nothing = torch.zeros_like(expected)
+    for name, weights, its in (
+        ("k2", 1, expected),
+        ("k1", 1, nothing),
+        ("k1", ratios, expected),
+        ("k3", ratios, expected),
+    ):
+        mean = (p.detach().exp() * weights * kl_estimates(p, q, name)).sum()
         (found,) = torch.autograd.grad(mean, free, retain_graph=True)
-        torch.testing.assert_close(found, gradient_, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, its, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", KL_ESTIMATES)
@@ -319,8 +330,7 @@ def test_metrics_are_means_over_tokens_by_the_usual_names(answers: list[Answer])
     assert found["kl"] == pytest.approx(over_tokens(answers, lambda t: t.k3), abs=1e-12)
     assert found["entropy"] == pytest.approx(over_tokens(answers, lambda t: t.entropy))
     assert found["loss/value_avg"] == pytest.approx(over_tokens(answers, of_values), abs=1e-12)
-    clipped_values = over_tokens(answers, lambda t: of_values(t) > 0.5 * (t.value - t.returned) ** 2 + 1e-12)
-    assert found["val/clipfrac_avg"] == pytest.approx(clipped_values)
+    assert found["val/clipfrac_avg"] == pytest.approx(over_tokens(answers, value_is_clipped))
     difference = over_tokens(answers, lambda t: abs(t.old - t.sampled))
     assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(difference, abs=1e-12)
 

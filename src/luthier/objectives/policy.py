@@ -87,9 +87,11 @@ class Surrogate:
     eq. 5).
     aggregate: the unit is the token; or the answer, with the mean over its tokens ("sequences"), their sum, or the sum
     over `length`, the longest allowed answer in tokens ("constant"; Liu et al. 2025, Dr. GRPO).
-    kl_weight, kl_estimator: of the divergence from the reference in the loss, see `kl_estimates`. entropy_weight: of
-    the entropy, which is to grow. importance_cap: weighs the policy's term by min(p_old / p_sampled, cap), because the
-    engine that sampled is not exactly the model (Yao et al. 2025, truncated importance sampling); None for no weights.
+    kl_weight, kl_estimator: of the divergence from the reference in the loss, see `kl_estimates`. kl_corrected: it is
+    multiplied by the ratio, gradient included, so that k1 and k3 too have the KL's gradient in the mean where the ratio
+    is a token's (DeepSeek-AI 2025, DeepSeek-V3.2). entropy_weight: of the entropy, which is to grow. importance_cap:
+    weighs the policy's term by min(p_old / p_sampled, cap), because the engine that sampled is not exactly the model
+    (Yao et al. 2025, truncated importance sampling); None for no weights.
     value_weight, value_clip: of `value_loss`.
     """
 
@@ -100,7 +102,8 @@ class Surrogate:
     dual_clip: float | None = None
     length: int | None = None
     kl_weight: float = 0.0
-    kl_estimator: str = "k3"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_corrected: bool = False
     entropy_weight: float = 0.0
     importance_cap: float | None = None
     value_weight: float = 0.0
@@ -109,6 +112,7 @@ class Surrogate:
     def __post_init__(self) -> None:
         bounds = (self.clip_low, self.clip_high, self.dual_clip)
         assert self.ratio != "none" or bounds == (None, None, None), "without a ratio there is nothing to clip"
+        assert self.ratio != "none" or not self.kl_corrected, "without a ratio there is nothing to correct by"
         assert self.aggregate != "constant" or self.length, "a constant length has to be given"
         assert self.dual_clip is None or self.dual_clip > self.bounds[1], "a dual clip lies above the clipped region"
 
@@ -128,14 +132,14 @@ def policy_gradient(rollouts: Rollouts, surrogate: Surrogate) -> Loss:
     Schulman et al. 2017, PPO, eq. 9; Shao et al. 2024, GRPO, eq. 3. Losses are per token and then aggregated, all terms
     alike. The unit is the token or the answer, by `Surrogate.aggregate`.
     """
-    plain = surrogate.ratio == "none"
-    losses, metrics = _reinforced(rollouts) if plain else _clipped(rollouts, surrogate)
+    ratios = None if surrogate.ratio == "none" else _ratios(rollouts, surrogate)
+    losses, metrics = _reinforced(rollouts) if ratios is None else _clipped(rollouts, surrogate, ratios)
     assert surrogate.importance_cap is None or rollouts.sampled is not None, "weights need what the engine sampled with"
     if rollouts.sampled is not None:
         weights, told = _importance(rollouts, rollouts.sampled, surrogate.importance_cap)
         losses, metrics = losses * weights, metrics | told
     for weight, term in (
-        (surrogate.kl_weight, _divergence(rollouts, surrogate)),
+        (surrogate.kl_weight, _divergence(rollouts, surrogate, ratios)),
         (-surrogate.entropy_weight, _entropy(rollouts)),
         (surrogate.value_weight, _value(rollouts, surrogate)),
     ):
@@ -158,7 +162,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
     return 0.5 * errors
 
 
-def kl_estimates(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
+def kl_estimates(logprobs: Tensor, reference: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
     """Estimates of KL(p || p_reference) from tokens that p sampled, one a token, [targets], in nats.
 
     Schulman 2020, "Approximating KL divergence", by names k1, k2, k3: with d = log p_reference - log p these are -d,
@@ -188,9 +192,9 @@ def _reinforced(rollouts: Rollouts) -> Term:
     return -rollouts.advantages * rollouts.logprobs, {}
 
 
-def _clipped(rollouts: Rollouts, surrogate: Surrogate) -> Term:
+def _clipped(rollouts: Rollouts, surrogate: Surrogate, ratios: Tensor) -> Term:
     """-min(r A, clip(r) A), [targets]; and how many ratios are clipped, of tokens or of answers."""
-    ratios, advantages, (low, high) = _ratios(rollouts, surrogate), rollouts.advantages, surrogate.bounds
+    advantages, (low, high) = rollouts.advantages, surrogate.bounds
     gained = ratios if surrogate.dual_clip is None else ratios.clamp(max=surrogate.dual_clip)
     losses = -torch.min(gained * advantages, ratios.clamp(low, high) * advantages)
     too_low, too_high = (ratios < low) & (advantages < 0), (ratios > high) & (advantages > 0)
@@ -206,8 +210,9 @@ def _ratios(rollouts: Rollouts, surrogate: Surrogate) -> Tensor:
 
 
 def _share(rollouts: Rollouts, surrogate: Surrogate, cut: Tensor) -> Metric:
-    share = cut.to(rollouts.logprobs.dtype)
-    return (rollouts.means(share), rollouts.counts > 0) if surrogate.ratio == "sequence" else share
+    if surrogate.ratio != "sequence":
+        return cut
+    return rollouts.means(cut.to(rollouts.logprobs.dtype)), rollouts.counts > 0
 
 
 def _importance(rollouts: Rollouts, sampled: Tensor, cap: float | None) -> Term:
@@ -223,10 +228,12 @@ def _importance(rollouts: Rollouts, sampled: Tensor, cap: float | None) -> Term:
     return weights, {**told, "sampling/importance_sampling_ratio/mean": weights}
 
 
-def _divergence(rollouts: Rollouts, surrogate: Surrogate) -> Term | None:
+def _divergence(rollouts: Rollouts, surrogate: Surrogate, ratios: Tensor | None) -> Term | None:
     if rollouts.reference is None:
         return None
     kl = kl_estimates(rollouts.logprobs, rollouts.reference, surrogate.kl_estimator)
+    if surrogate.kl_corrected and ratios is not None:
+        kl = kl * ratios
     return kl, {"kl": kl}
 
 
@@ -239,7 +246,8 @@ def _value(rollouts: Rollouts, surrogate: Surrogate) -> Term | None:
         return None
     now, old, returns = rollouts.values.now, rollouts.values.old, rollouts.values.returns
     losses = value_loss(now, old, returns, clip=surrogate.value_clip)
-    clipped = (losses > value_loss(now, old, returns, clip=None)).to(losses.dtype)
+    moved = (now - old).abs() > (inf if surrogate.value_clip is None else surrogate.value_clip)
+    clipped = moved & (losses > value_loss(now, old, returns, clip=None))  # one that has not moved may round upwards
     return losses, {"loss/value_avg": losses, "val/clipfrac_avg": clipped}
 
 
