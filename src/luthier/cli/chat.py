@@ -8,7 +8,8 @@ import click
 
 from luthier.cli.generate import load_with_adapter, sampling_options
 from luthier.data.examples import Chat, Message
-from luthier.rollout.generate import Sampling, answer
+from luthier.rollout.generate import answer
+from luthier.rollout.requests import Sampling
 
 __all__ = ["command"]
 

@@ -11,7 +11,8 @@ from luthier.data.examples import Chat, Message
 from luthier.errors import AdapterError
 from luthier.models.adapted import load_adapted
 from luthier.models.load import Model, load
-from luthier.rollout.generate import Sampling, answers
+from luthier.rollout.generate import answers
+from luthier.rollout.requests import Sampling
 
 __all__ = ["command", "load_with_adapter", "sampling_options"]
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.streams import Segments
 
-__all__ = ["flash_attention"]
+__all__ = ["add_attended", "flash_attention"]
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -43,7 +43,7 @@ class _FlashAttention(Function):
             if is_causal:
                 attended[:, rows], log_sums[:, rows] = found[0], logs[0]
             else:
-                _add_attended(attended[:, rows], log_sums[:, rows], found[0], logs[0])
+                add_attended(attended[:, rows], log_sums[:, rows], found[0], logs[0])
         ctx.save_for_backward(query, key, value, attended, log_sums)
         ctx.segments, ctx.scale = segments, scale
         return attended
@@ -82,8 +82,11 @@ def _calls(segments: Segments) -> Iterator[tuple[slice, slice, bool]]:
             yield slice(rows[0].start, rows[-1].stop), slices[parent], False
 
 
-def _add_attended(attended: Tensor, log_sums: Tensor, further: Tensor, further_log_sums: Tensor) -> None:
-    """Adds what the same queries see in further keys."""
+def add_attended(attended: Tensor, log_sums: Tensor, further: Tensor, further_log_sums: Tensor) -> None:
+    """Adds, in place, what the same queries see in further keys.
+
+    attended: [..., queries, head size]. log_sums: [..., queries], of the exponentials of their scores.
+    """
     both = torch.logaddexp(log_sums, further_log_sums)
     attended.mul_((log_sums - both).exp_()[..., None]).addcmul_(further, (further_log_sums - both).exp_()[..., None])
     log_sums.copy_(both)

@@ -2,7 +2,8 @@
 
 A forward pass that brings `segments` along runs ragged attention over a stream of sequences; every other pass
 (generation with a cache, a batch with padding) is handed on to transformers' own attention. Either sees the keys and
-values of a `prefix`, if a pass brings one along.
+values of a `prefix`, if a pass brings one along. A pass over prompts leaves their keys in `prompt_keys`, and one that
+brings `decoding` along is a step of answers in the making.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from luthier.kernels.attention import ATTENTION, KeysAndValues, put_prefix, ragged_attention, window_mask
+from luthier.kernels.decoding import Decoding, PromptKeys, decode_attention
 from luthier.kernels.streams import Segments
 
 __all__ = ["ATTENTION", "RAGGED", "register_attention", "supports_ragged"]
@@ -70,9 +72,16 @@ def _attention(
     segments: Segments | None = None,
     position_ids: Tensor | None = None,
     prefix: Sequence[KeysAndValues] | None = None,
+    prompt_keys: PromptKeys | None = None,
+    decoding: Decoding | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     window = options.pop("sliding_window", getattr(module, "sliding_window", None))  # Qwen2MoE passes none along
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if decoding is not None:
+        return decode_attention(query, key, value, decoding, module.layer_idx, scale=scale, window=window), None
+    if prompt_keys is not None:
+        prompt_keys.keep(module.layer_idx, key[0], value[0])
     before = None if prefix is None else _cast(prefix[module.layer_idx], key.dtype)
     if segments is None:
         if attention_mask is None and window is not None and query.shape[2] == key.shape[2]:
@@ -88,7 +97,6 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return output, None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attended = ragged_attention(query, key, value, segments, scale=scale, window=window, prefix=before)
     return attended.transpose(1, 2), None
 

@@ -22,7 +22,7 @@ from luthier.kernels.logprobs import HeadOptions, linear_logprobs
 from luthier.kernels.streams import STREAM_MULTIPLE, Segments
 from luthier.models.load import Model
 
-__all__ = ["Scores", "divergence", "evaluating", "hidden_states", "score", "sequence_logprobs"]
+__all__ = ["Scores", "divergence", "evaluating", "head_options", "hidden_states", "score", "sequence_logprobs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def score(model: Model | PreTrainedModel, batch: TokenBatch) -> Scores:
     hidden = hidden_states(network, batch)[batch.target_index]
     head = network.get_output_embeddings()
     logprobs, entropy = linear_logprobs(
-        hidden, head.weight, head.bias, batch.target_ids, _head_options(network), further=further_rows(head)
+        hidden, head.weight, head.bias, batch.target_ids, head_options(network), further=further_rows(head)
     )
     return Scores(logprobs, entropy)
 
@@ -79,7 +79,7 @@ def divergence(network: PreTrainedModel, batch: TokenBatch) -> Tensor:
     hidden, weight, bias = hidden_states(network, batch)[batch.target_index], head.weight, head.bias
     with adapters_off(network):
         other, of_base = hidden_states(network, batch)[batch.target_index], head.weight
-    return linear_divergence(hidden, other, (weight, of_base), (bias, head.bias), _head_options(network))
+    return linear_divergence(hidden, other, (weight, of_base), (bias, head.bias), head_options(network))
 
 
 def hidden_states(network: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -115,7 +115,7 @@ def _run(body: nn.Module, token_ids: Tensor, positions: Tensor, segments: Segmen
     return hidden
 
 
-def _head_options(network: PreTrainedModel) -> HeadOptions:
+def head_options(network: PreTrainedModel) -> HeadOptions:
     """What architectures do to their logits, by the names in their configurations: Gemma's soft cap, Cohere's and
     Granite's scale.
     """

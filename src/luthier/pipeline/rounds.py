@@ -44,7 +44,10 @@ from luthier.recipe.judges import RuleJudge
 from luthier.recipe.preference import DPO
 from luthier.recipe.rounds import IterativeDPO
 from luthier.recipe.settings import settings_from
-from luthier.rollout.generate import Answer, Sampling, samples
+from luthier.rollout.engine import LocalEngine
+from luthier.rollout.generate import request_for
+from luthier.rollout.requests import Sample, Sampling
+from luthier.rollout.scoring import Failure
 
 __all__ = ["RoundResult", "TrainRound", "forget_rounds", "read_rounds", "run_rounds"]
 
@@ -68,6 +71,18 @@ class RoundResult(WinRate):
     unpaired: dict[str, int]
     judged: str
     compared: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What is kept of a sample. finished: it ended by itself, and not because it was as long as it may be."""
+
+    text: str
+    finished: bool
+
+    @classmethod
+    def of(cls, sample: Sample) -> "_Answer":
+        return cls(sample.text, sample.finished)
 
 
 def run_rounds(settings: IterativeDPO, source: str, folder: Path, train: TrainRound) -> tuple[list[Summary], str]:
@@ -218,7 +233,8 @@ class _Rounds:
         before = self._sampled(self.folder / "first_answers.json", self.source, prompts, 1, seed=0)
         questions = [
             Question(prompt.messages, one.text, other.text, prompt.row)
-            for prompt, (one,), (other,) in zip(prompts, now, before, strict=True)
+            for prompt, some, others in zip(prompts, now, before, strict=True)
+            for one, other in zip(some, others, strict=True)  # none where the prompt leaves no room
         ]
         verdicts, report = compare_both_orders(self._judge_of(place), questions)
         rate = win_rate(verdicts)
@@ -230,26 +246,26 @@ class _Rounds:
 
     def _sampled(
         self, path: Path, source: str, prompts: Sequence[Prompt], count: int, *, seed: int
-    ) -> list[tuple[Answer, ...]]:
-        """So many answers to each prompt, drawn by the stage's seed, this one and the prompt's place; read back where
-        they were sampled before.
+    ) -> list[tuple[_Answer, ...]]:
+        """So many answers to each prompt, none to one without room in the model's context, drawn by the stage's seed,
+        this one and the prompt's place; read back where they were sampled before.
         """
         settings = self.settings
         if not path.exists():
             model = load(source, dtype=settings.dtype)
             set_template(model, settings)
-            found = []
-            for place, prompt in enumerate(prompts):
-                drawn = np.random.SeedSequence((settings.seed, seed, count, place)).generate_state(1)
-                sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, int(drawn[0]))
-                answers = samples(model, Chat(prompt.messages, prompt.tools), sampling, count)
-                found.append([asdict(answer) for answer in answers])
+            chats = [Chat(prompt.messages, prompt.tools) for prompt in prompts]
+            requests = [request_for(model, chat, count=count, seed=place) for place, chat in enumerate(chats)]
+            drawn = int(np.random.SeedSequence((settings.seed, seed, count)).generate_state(1)[0])
+            sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed=drawn)
+            sampled = LocalEngine(model).sample(requests, sampling)
+            found = [[] if isinstance(some, Failure) else [_Answer.of(one) for one in some] for some in sampled]
             del model
             gc.collect()  # a network refers to itself, and the next one needs its place
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(found, indent=1) + "\n")
+            write_whole(path, json.dumps([list(map(asdict, answers)) for answers in found], indent=1) + "\n")
         read = json.loads(path.read_text(encoding="utf-8"))
-        return [tuple(Answer(**answer) for answer in answers) for answers in read]
+        return [tuple(_Answer(**answer) for answer in answers) for answers in read]
 
 
 def _distinct(prompts: Sequence[Prompt], *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
@@ -267,7 +283,7 @@ def _distinct(prompts: Sequence[Prompt], *, besides: Sequence[Prompt] = ()) -> l
 
 
 def _ranked(
-    judge: Judge, prompts: Sequence[Prompt], sampled: Sequence[tuple[Answer, ...]]
+    judge: Judge, prompts: Sequence[Prompt], sampled: Sequence[tuple[_Answer, ...]]
 ) -> tuple[list[Preference], dict[str, int], JudgeReport]:
     """The pairs that the judge makes, why the other prompts gave none, and what the judge said."""
     usable = [tuple(answer.text for answer in answers if _can_be_learned(answer)) for answers in sampled]
@@ -282,7 +298,7 @@ def _ranked(
     return [one.preference for one in ranked if one.preference is not None], dict(Counter(reasons)), report
 
 
-def _can_be_learned(answer: Answer) -> bool:
+def _can_be_learned(answer: _Answer) -> bool:
     """Whether it ended by itself, and would be read from a file: it is not empty, and holds no NUL or half character.
 
     One that was cut off would teach to stop in the middle of a sentence.

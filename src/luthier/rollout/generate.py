@@ -1,81 +1,47 @@
-"""Answers to conversations, with the very token ids that training saw.
-
-The prompt is encoded by the function that training uses, and decoding stops at the tokens that training taught to end
-a turn. Decoding itself is transformers'.
-"""
+"""Answers to conversations: encoded by the function that training uses, answered by an engine, read as text."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import torch
-from transformers import GenerationConfig
+import numpy as np
 
 from luthier.data.examples import Chat
 from luthier.data.masks import encode_prompt
-from luthier.data.templates import stop_token_ids
+from luthier.errors import DataError
 from luthier.models.load import Model
-from luthier.models.score import evaluating
+from luthier.rollout.engine import LocalEngine
+from luthier.rollout.requests import Engine, Request, Sample, Sampling
+from luthier.rollout.scoring import Failure
 
-__all__ = ["Answer", "Sampling", "answer", "answers", "samples"]
+__all__ = ["answer", "answers", "request_for", "samples"]
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen; temperature 0 takes the most likely one."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 42
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """finished: it ended by itself, and not because it was as long as it may be."""
-
-    text: str
-    finished: bool
+_AT_ONCE = 64  # conversations whose answers are waited for together
 
 
 def answer(model: Model, chat: Chat, sampling: Sampling) -> str:
-    """The assistant's next turn."""
-    return samples(model, chat, sampling, 1)[0].text
-
-
-def samples(model: Model, chat: Chat, sampling: Sampling, count: int) -> list[Answer]:
-    """So many next turns of the assistant, drawn together."""
-    prompt = encode_prompt(chat, model.tokenizer)
-    stops = stop_token_ids(model.tokenizer)
-    return [_read(model, ids, stops) for ids in _generate(model, prompt, sampling, stops, count)]
-
-
-def _read(model: Model, ids: list[int], stops: set[int]) -> Answer:
-    """What stands before the first token that ends the turn."""
-    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    text: str = model.tokenizer.decode(ids[:end])
-    return Answer(text.strip(), end < len(ids))
+    """The assistant's next turn. Raises DataError for a conversation that leaves no room for it."""
+    return samples(LocalEngine(model), model, chat, sampling, 1)[0].text
 
 
 def answers(model: Model, chats: list[Chat], sampling: Sampling) -> Iterator[str]:
-    """One answer after the other; conversations do not influence each other."""
-    for chat in chats:
-        yield answer(model, chat, sampling)
+    """One answer after the other; conversations do not influence each other. Raises DataError as `answer` does."""
+    engine = LocalEngine(model)
+    for first in range(0, len(chats), _AT_ONCE):
+        requests = [request_for(model, chat) for chat in chats[first : first + _AT_ONCE]]
+        for found in engine.sample(requests, sampling):
+            yield _whole(found)[0].text
 
 
-@torch.inference_mode()
-def _generate(model: Model, prompt: list[int], sampling: Sampling, stops: set[int], count: int) -> list[list[int]]:
-    sampled = sampling.temperature > 0
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampled,
-        eos_token_id=sorted(stops),
-        pad_token_id=min(stops),
-        repetition_penalty=1.0,
-        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}),
-    )
-    torch.manual_seed(sampling.seed)
-    inputs = torch.tensor([prompt] * count, device=model.device)
-    with evaluating(model.network):
-        output = model.network.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-    generated: list[list[int]] = output[:, len(prompt) :].tolist()
-    return generated
+def samples(engine: Engine, model: Model, chat: Chat, sampling: Sampling, count: int) -> tuple[Sample, ...]:
+    """So many next turns of the assistant, drawn together. Raises DataError as `answer` does."""
+    return _whole(engine.sample([request_for(model, chat, count=count)], sampling)[0])
+
+
+def request_for(model: Model, chat: Chat, *, count: int = 1, seed: int = 0) -> Request:
+    """What is asked of an engine to have this conversation answered."""
+    return Request(np.array(encode_prompt(chat, model.tokenizer), dtype=np.int32), count, seed)
+
+
+def _whole(found: tuple[Sample, ...] | Failure) -> tuple[Sample, ...]:
+    if isinstance(found, Failure):
+        raise DataError(f"the conversation cannot be answered: {found.reason} ({found.detail}); shorten it")
+    return found
