@@ -226,6 +226,28 @@ def test_far_from_the_reference_k3_still_pulls_towards_it() -> None:
     assert logprobs.grad.sign().tolist() == [-1.0, -1.0, -1.0, 1.0, 1.0]
 
 
+def test_a_bad_answer_that_became_absurdly_likely_is_still_pushed_down() -> None:
+    rollouts = rollouts_of(
+        [[Token(-1.0, -1.0 - far, 0.0, 0.0, -1.0, 0, 0, 0, 0) for far in (30.0, 1e4)]], torch.float32
+    )
+    assert bool((gradient(policy_gradient(rollouts, METHODS["reinforce_plus_plus"]), rollouts) > 0).all())
+
+
+def test_a_corrected_kl_teaches_by_its_ratio_too() -> None:
+    """Of r k1, with log p = -1, its reference -3 and r = e^0.5, the gradient is r k1 + r = 3 r."""
+    rollouts = rollouts_of([[Token(-1.0, -1.5, -3.0, -1.0, 0.0, 0, 0, 0, 0)]])
+    surrogate = Surrogate("token", "tokens", kl_weight=1.0, kl_estimator="k1", kl_corrected=True)
+    loss = policy_gradient(rollouts, surrogate)
+    assert loss.per_unit.tolist() == pytest.approx([2 * exp(0.5)])
+    assert gradient(loss, rollouts).tolist() == pytest.approx([3 * exp(0.5)])
+
+
+def test_a_value_that_has_hardly_moved_is_not_clipped() -> None:
+    """Though 0.0625 + (0.00001 - 0.0625) rounds to more than 0.00001, and so to a larger error."""
+    token = Token(-1.0, -1.0, -1.0, -1.0, 0.0, 0.0, 1e-5, 0.0625, 0.0)
+    assert means(policy_gradient(rollouts_of([[token]]), WHOLE["ppo"]))["val/clipfrac_avg"] == 0
+
+
 @pytest.mark.parametrize("aggregate", ["sequences", "constant", "sum"])
 def test_an_answer_without_tokens_costs_nothing(aggregate: str) -> None:
     token = Token(-1.0, -1.5, -2.0, -1.0, 1.0, 0.5, 1.0, 0.5, 0.0)

@@ -48,7 +48,7 @@ def group_advantages(
         advantages = advantages * num_known / (num_known - 1)  # = r - (the others' mean)
     if scale != "none":
         advantages = advantages / (_deviation(rewards, groups if scale == "group_std" else everything) + 1e-4)
-    return torch.where(carries_signal(rewards, within)[within] & ~rewards.isnan(), advantages, 0)
+    return torch.where(carries_signal(rewards, within)[within], advantages, 0)
 
 
 _SCALES_OF = {
