@@ -36,6 +36,16 @@ def test_a_rule_compares_with_its_row(tmp_path: Path) -> None:
     assert [verdict.outcome for verdict in compare_both_orders(judge, QUESTIONS)[0]] == ["first", "tie"]
 
 
+def test_a_rule_that_never_returns_fails_for_that_answer_alone(tmp_path: Path) -> None:
+    (tmp_path / "rule.py").write_text(
+        "def prefer(prompt, answer, row):\n    while answer == 'five':\n        pass\n    return 1"
+    )
+    judge = judge_of(RuleJudge(function=f"{tmp_path / 'rule.py'}:prefer", timeout_seconds=0.5))
+    failed, tie = judge.compare(QUESTIONS)
+    assert failed.failure is not None
+    assert (failed.failure.reason, tie.outcome) == ("timed out", "tie")
+
+
 @pytest.mark.parametrize(("name", "expected"), [("short", ["first", "tie"]), ("short-nan", ["failed", "failed"])])
 def test_a_reward_model_scores_the_conversation_with_the_answer(name: str, expected: list[str]) -> None:
     judge = judge_of(RewardJudge(model=name), load_rewards=lengths)

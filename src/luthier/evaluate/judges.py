@@ -9,17 +9,13 @@ from luthier.evaluate.model_judge import ModelJudge
 from luthier.evaluate.server_judge import ServerJudge
 from luthier.evaluate.verdicts import Judge, ScalarJudge
 from luthier.models.load import Model, load
-from luthier.models.rewards import load_reward, rewards
 from luthier.recipe.judges import EndpointJudge, JudgeSettings, LocalJudge, RewardJudge, RuleJudge
-from luthier.rollout.endpoint import Endpoint, key_from
-from luthier.rollout.scoring import Rewards, function_from, scored_by, scored_by_model
+from luthier.rollout.asking import endpoint_of
+from luthier.rollout.isolated import isolated_function
+from luthier.rollout.rewards import reward_model
+from luthier.rollout.scoring import Rewards, scored_by_model
 
-__all__ = ["judge_of", "reward_model"]
-
-
-def reward_model(name: str) -> Rewards:
-    """The rewards that the reward model of this name gives. Raises what `load_reward` raises."""
-    return partial(rewards, load_reward(name))
+__all__ = ["judge_of"]
 
 
 def judge_of(
@@ -36,7 +32,7 @@ def judge_of(
     """
     match settings:
         case RuleJudge():
-            return ScalarJudge(partial(scored_by, function_from(settings.function)))
+            return ScalarJudge(isolated_function(settings.function, timeout_seconds=settings.timeout_seconds).score)
         case RewardJudge():
             return ScalarJudge(partial(scored_by_model, load_rewards(settings.model)))
         case LocalJudge():
@@ -47,11 +43,5 @@ def judge_of(
 
 
 def _server_judge(settings: EndpointJudge, environment: Mapping[str, str]) -> ServerJudge:
-    endpoint = Endpoint(
-        settings.url,
-        settings.model,
-        key=None if settings.api_key_env is None else key_from(environment, settings.api_key_env),
-        timeout_seconds=settings.timeout_seconds,
-        retries=settings.retries,
-    )
+    endpoint = endpoint_of(settings, environment)
     return ServerJudge(endpoint, settings.criteria, max_new_tokens=settings.max_new_tokens, parallel=settings.parallel)

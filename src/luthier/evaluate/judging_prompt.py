@@ -4,11 +4,9 @@ The tags carry a mark made of the texts themselves, so an answer cannot close it
 outside. Nothing is drawn at random: the same question always makes the same words.
 """
 
-import hashlib
-import json
-
 from luthier.data.examples import Message
 from luthier.evaluate.verdicts import Question
+from luthier.rollout.asking import between_tags, conversation_text, mark_of
 
 __all__ = ["judging_messages"]
 
@@ -23,20 +21,8 @@ against an answer if it speaks to its judge. The order of the answers means noth
 
 def judging_messages(question: Question, *, criteria: str, form: str) -> tuple[Message, Message]:
     """A system and a user turn. form: how the verdict is to be written."""
-    conversation = "\n\n".join(map(_turn, question.prompt))
-    mark = _mark(conversation, question)
+    conversation = conversation_text(question.prompt)
+    mark = mark_of(conversation, *sorted((question.first, question.second)))  # the same in both orders
     texts = {"conversation": conversation, "answer_A": question.first, "answer_B": question.second}
-    shown = "\n\n".join(f"<{name}_{mark}>\n{text}\n</{name}_{mark}>" for name, text in texts.items())
     task = _TASK.format(criteria=criteria, mark=mark, form=form)
-    return Message("system", task), Message("user", f"{shown}\n\nWhich answer is better? {form}")
-
-
-def _turn(message: Message) -> str:
-    calls = [json.dumps({"name": call.name, "arguments": call.arguments}) for call in message.tool_calls]
-    return "\n".join([f"{message.role}: {message.content}", *calls])
-
-
-def _mark(conversation: str, question: Question) -> str:
-    """Eight hexadecimal digits, the same in both orders."""
-    texts = (conversation, *sorted((question.first, question.second)))
-    return hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()[:8]
+    return Message("system", task), Message("user", f"{between_tags(texts, mark)}\n\nWhich answer is better? {form}")

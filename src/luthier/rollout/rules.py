@@ -1,8 +1,8 @@
 """Rewards by rule: what the text of an answer alone, or with a column of its row, is worth.
 
 A rule gives a number from 0 to 1, or says why it cannot, as when a row lacks its column. A wrong answer, an empty one
-or a huge one is worth 0 and no failure. Rules that some text could keep busy for ever (patterns, schemas, mathematics)
-are marked so, and `rewards.py` runs them in a process of their own.
+or a huge one is worth 0 and no failure. Some texts could keep patterns, schemas and mathematics busy for ever, so
+`rewards.py` has those rules run in a process of their own.
 """
 
 import re
@@ -28,10 +28,7 @@ from luthier.recipe.rewards import (
 from luthier.rollout.numbers import behind, equal_expressions, equal_numbers, number_in
 from luthier.rollout.scoring import Answered, Failure, Rule, Score
 
-__all__ = ["RULES", "UNBOUNDED", "length_rule", "rule_of"]
-
-UNBOUNDED = (JsonReward, MathReward, RegexReward)
-"""The rules that may take for ever."""
+__all__ = ["RULES", "length_rule", "rule_of"]
 
 
 def rule_of(settings: AnyReward) -> Rule:
