@@ -13,6 +13,7 @@ from luthier.kernels.logprobs import FurtherRows, HeadOptions, linear_logprobs, 
 ROWS, HIDDEN, VOCABULARY = 70, 6, 31
 IN_CHUNKS = HeadOptions(chunk_bytes=4 * VOCABULARY * 20)  # 20 rows of float32 logits, made up to 32: three chunks
 OPTIONS = [replace(IN_CHUNKS, scale=s, softcap=c) for s, c in product((1.0, 0.25), (None, 2.0))]
+OPTIONS += [replace(OPTIONS[i], temperature=t) for i, t in ((0, 0.7), (3, 1.6))]
 
 Head = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -55,6 +56,19 @@ def test_gradients_of_the_head_agree_with_finite_differences(options: HeadOption
     inputs = head(rows=40)
     leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(inputs[:3])]
     assert torch.autograd.gradcheck(lambda *x: linear_logprobs(*x, inputs[3], options)[0], leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("trained", [(0,), (0, 1, 2)], ids=str)
+def test_gradients_of_entropies_agree_with_finite_differences(options: HeadOptions, trained: tuple[int, ...]) -> None:
+    inputs = head(rows=40)
+    leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(inputs[:3])]
+
+    def both(*leaves: Tensor) -> Tensor:
+        logprobs, entropy = linear_logprobs(*leaves, inputs[3], options, entropy_gradient=True)
+        return torch.stack([logprobs, entropy])
+
+    assert torch.autograd.gradcheck(both, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])

@@ -6,11 +6,11 @@ now. The order of the data is a function of the seed and the epoch, so the conte
 steps before it: that is what makes a resumed run the same run.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from luthier.data.sequences import Item, TokenGroup, TokenSequence
 from luthier.errors import DataError
 from luthier.kernels.streams import Segments
 
-__all__ = ["StepPlan", "TokenBatch", "collate", "cut", "pack"]
+__all__ = ["Plan", "StepPlan", "TokenBatch", "collate", "cut", "pack"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TokenBatch:
     Of preferences, pairs: [pairs, 2], the better sequence and the worse; margins: [pairs], by how much where it is
     known, else 0. Of answers in steps, correct: [targets] bool. Of feedback, desirable: [sequences] bool; mismatched: a
     batch of answers to other prompts; baseline: a scalar made of them. reference: [sequences], the reference model's
-    log p of each sequence's targets.
+    log p of each sequence's targets. columns: what is known of each target, by name, [targets] float32.
     """
 
     token_ids: Tensor
@@ -55,6 +55,7 @@ class TokenBatch:
     reference: Tensor | None = None
     mismatched: "TokenBatch | None" = None
     baseline: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def count(self, unit: str) -> int:
         """How many units of a loss lie in this batch; what the loop divides by. unit: tokens, sequences or pairs."""
@@ -69,9 +70,10 @@ class TokenBatch:
         """The same batch on another device."""
         if self.token_ids.device == device:
             return self
-        held: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        held: dict[str, Any] = {own.name: getattr(self, own.name) for own in fields(self)}
         moved = {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor | TokenBatch)}
-        return TokenBatch(**{**held, **moved})
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return TokenBatch(**{**held, **moved, "columns": columns})
 
 
 def collate(items: Sequence[Item]) -> TokenBatch:
@@ -93,6 +95,7 @@ class _Laid:
         self.last_index: list[int] = []
         self.pairs: list[tuple[int, int]] = []
         self.margins: list[float] = []
+        self.columns: list[Mapping[str, NDArray[np.float32]]] = []  # of each sequence
 
     def add(self, item: Item) -> None:
         """A sequence, or a group with what its sequences share before them."""
@@ -121,6 +124,7 @@ class _Laid:
         index = np.where(local < shared, local + shared_start, local + moved)
         self.sequences.append((index, sequence.token_ids[local + 1]))
         self.last_index.append(self.num_tokens - 1)
+        self.columns.append(sequence.columns)
 
     def batch(self, groups: Sequence[TokenGroup]) -> TokenBatch:
         """groups: all items, if all are groups."""
@@ -143,6 +147,7 @@ class _Laid:
             desirable=_each([g.desirable for g in groups for _ in g.sequences], torch.bool),
             reference=_each([n for g in groups for n in g.reference or (None,)], torch.float32),
             mismatched=_mismatched(groups),
+            columns=_joined(self.columns),
         )
 
 
@@ -156,6 +161,12 @@ def _ranked(group: TokenGroup) -> Iterator[tuple[int, int, float]]:
 
 def _each(values: Sequence[float | None], dtype: torch.dtype) -> Tensor | None:
     return torch.tensor(values, dtype=dtype) if values and None not in values else None
+
+
+def _joined(columns: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, Tensor]:
+    """Those that all sequences have."""
+    names = [name for name in columns[0] if all(name in own for own in columns)] if columns else []
+    return {name: torch.from_numpy(np.concatenate([own[name] for own in columns])) for name in names}
 
 
 def _mismatched(groups: Sequence[TokenGroup]) -> TokenBatch | None:
@@ -195,6 +206,22 @@ def cut(items: Sequence[Item], micro_batch_tokens: int | None, *, packing: bool 
     return [collate([items[i] for i in members]) for members in bins]
 
 
+class Plan(Protocol):
+    """Which items each step of a training sees. told: what there is to say of a step besides what is measured in it."""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def epoch_at(self, step: int) -> float: ...
+
+    def step(self, index: int) -> list[Item]: ...
+
+    def told(self, index: int) -> dict[str, float]: ...
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Which items each step sees: a shuffle per epoch, batch_size at a time, the last step of an epoch short."""
@@ -223,6 +250,10 @@ class StepPlan:
     def epoch_at(self, step: int) -> float:
         """Epochs gone through once `step` steps are done."""
         return step / self.steps_per_epoch
+
+    def told(self, index: int) -> dict[str, float]:
+        """Nothing besides what is measured in step `index`."""
+        return {}
 
     def step(self, index: int) -> list[Item]:
         """The items of step `index`, counted from 0; the same whatever was asked before."""

@@ -3,8 +3,8 @@
 The last torch-free form of the data: templates make it, the audit reads it, batches are cut from it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,17 @@ class TokenSequence:
 
     token_ids: [tokens] int32.
     trained: [tokens] bool; token i is a target, its loss counts. Token 0 never is: nothing stands before it.
+    columns: what is known of each target, by name, [targets] float32, such as its advantage.
     """
 
     token_ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
     origin: Origin
+    columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.token_ids.shape == self.trained.shape
+        assert all(len(column) == self.num_trained for column in self.columns.values())
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -146,6 +146,7 @@ def _by_two_calls(
     queries: Tensor, keys: Tensor, values: Tensor, decoding: Decoding, layer: int, scale: float
 ) -> Tensor:
     """queries: [rows, key heads, queries of each, size]; keys, values: [rows, key heads, longest, size]."""
+    attended: Tensor
     attended, log_sums = _FORWARD(queries, keys, values, 0.0, False, attn_mask=decoding.mask, scale=scale)
     for rows, prompt in decoding.prompts:
         k, v = prompt[layer]

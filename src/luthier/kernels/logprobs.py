@@ -29,10 +29,11 @@ ROW_MULTIPLE = 32  # of a chunk: each size of a product is compiled once and kep
 
 @dataclass(frozen=True, slots=True)
 class HeadOptions:
-    """What happens between the output layer's product and the softmax: logits = softcap(scale * (h W^T + b))."""
+    """What happens between the output layer's product and the softmax: logits = softcap(scale * (h W^T + b)) / T."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
     chunk_bytes: int = CHUNK_BYTES
 
 
@@ -84,7 +85,7 @@ def linear_logprobs_plain(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.scale
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(logits / options.temperature, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy.detach()
 
@@ -97,16 +98,19 @@ def linear_logprobs(
     options: HeadOptions,
     *,
     further: FurtherRows | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(h W^T + b)[target] and the entropy of the same distribution, in nats.
 
     hidden: [targets, hidden]. weight: [vocabulary, hidden]. bias: [vocabulary] or None. targets: [targets].
-    further: rows that stand for some of the weight's, or follow them.
+    further: rows that stand for some of the weight's, or follow them. entropy_gradient: entropies are differentiable
+    too, which takes another product with the weight; not with further rows.
     Returns log-probabilities [targets] (differentiable in hidden, weight, bias and the further rows) and entropies
-    [targets] (without gradient), both float32, or float64 where hidden is.
+    [targets], both float32, or float64 where hidden is.
     """
+    assert further is None or not entropy_gradient, "entropies have no gradient where rows are kept apart"
     own = None if further is None else further.products(hidden, bias)
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, targets, options, own, further)
+    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, targets, options, own, further, entropy_gradient)
     return logprobs, entropy
 
 
@@ -158,32 +162,41 @@ class _LinearLogprobs(Function):
         options: HeadOptions,
         own: Tensor | None,
         further: FurtherRows | None,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         entropy = torch.empty_like(logprobs)
         head_is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         pull = torch.empty_like(hidden) if hidden.requires_grad and not head_is_trained else None
+        entropy_pull = torch.empty_like(hidden) if pull is not None and entropy_gradient else None
         kept = own if own is None or pull is None else own.clone()
         for rows in _chunks(len(hidden), len(weight), options.chunk_bytes):
             products, part = _products(hidden[rows], weight, bias), _Own.of(kept, further, rows)
-            differentiate = pull is not None
-            logprobs[rows], entropy[rows] = _score(products, targets[rows], options, part, differentiate=differentiate)
+            also = None if entropy_pull is None else torch.zeros_like(products)
+            logprobs[rows], entropy[rows] = _score(
+                products, targets[rows], options, part, differentiate=pull is not None, of_entropy=also
+            )
             if pull is not None:  # d logprob / d hidden = (onehot(target) - softmax) W
                 pull[rows] = product(products, weight.T)[: len(targets[rows])]
-        ctx.save_for_backward(hidden, weight, bias, targets, pull, kept)
-        ctx.options, ctx.further = options, further
-        ctx.mark_non_differentiable(entropy)
+            if entropy_pull is not None and also is not None:
+                entropy_pull[rows] = product(also, weight.T)[: len(targets[rows])]
+        ctx.save_for_backward(hidden, weight, bias, targets, pull, kept, entropy_pull)
+        ctx.options, ctx.further, ctx.entropy_gradient = options, further, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, pull, own = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, pull, own, entropy_pull = ctx.saved_tensors
         if pull is not None:
             grads = [None if t is None else t * grad_logprobs[:, None].to(t.dtype) for t in (pull, own)]
-            return grads[0], None, None, None, None, grads[1], None
-        *grads, grad_own = _backward_through_head(ctx, grad_logprobs, hidden, weight, bias, targets, own)
-        return (*grads, None, None, grad_own, None)
+            if entropy_pull is not None:
+                grads[0] = grads[0] + entropy_pull * grad_entropy[:, None].to(pull.dtype)
+            return grads[0], None, None, None, None, grads[1], None, None
+        *grads, grad_own = _backward_through_head(ctx, grad_logprobs, grad_entropy, hidden, weight, bias, targets, own)
+        return (*grads, None, None, grad_own, None, None)
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -192,10 +205,17 @@ def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _score(
-    products: Tensor, targets: Tensor, options: HeadOptions, own: _Own | None, *, differentiate: bool
+    products: Tensor,
+    targets: Tensor,
+    options: HeadOptions,
+    own: _Own | None,
+    *,
+    differentiate: bool,
+    of_entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of the first len(targets) rows. Each row is read once from memory, and where a
-    gradient is wanted written once: `products`, and `own`, then hold d logprob / d product.
+    gradient is wanted written once: `products`, and `own`, then hold d logprob / d product. of_entropy: like products,
+    gets d entropy / d product, with p_j (log p_j + H) taken off for each j.
     """
     logprobs = torch.empty(len(targets), dtype=_wide(products.dtype), device=products.device)
     entropy = torch.empty_like(logprobs)
@@ -210,6 +230,9 @@ def _score(
         normalizer = total.log_().add_(peak)
         logprobs[few] = (logits.gather(-1, target) - normalizer).squeeze(-1)
         entropy[few] = (normalizer + (minus_softmax * logits).sum(-1, keepdim=True)).squeeze(-1)
+        if of_entropy is not None:
+            gradient = (logits - normalizer).add_(entropy[few, None]).mul_(minus_softmax)
+            of_entropy[few] = _logits_gradient(gradient, logits, options)
         if differentiate:
             gradient = minus_softmax.scatter_add_(-1, target, torch.ones_like(normalizer))
             gradient = _logits_gradient(gradient, logits, options)
@@ -218,26 +241,30 @@ def _score(
 
 
 def logits_of(products: Tensor, options: HeadOptions) -> Tensor:
-    """softcap(scale * products), in float32 or wider; in place where the products are wide enough already."""
+    """softcap(scale * products) / temperature, in float32 or wider; in place where the products are wide enough."""
     logits = products.to(_wide(products.dtype))
     if options.scale != 1.0:
         logits = logits.mul_(options.scale)
-    return logits if options.softcap is None else logits.div_(options.softcap).tanh_().mul_(options.softcap)
+    if options.softcap is not None:
+        logits = logits.div_(options.softcap).tanh_().mul_(options.softcap)
+    return logits if options.temperature == 1.0 else logits.div_(options.temperature)
 
 
 def _logits_gradient(gradient: Tensor, logits: Tensor, options: HeadOptions) -> Tensor:
-    """Through the soft cap and the scale, back to the product h W^T, in place.
+    """Through the temperature, the soft cap and the scale, back to the product h W^T, in place.
 
     d softcap(z) / dz = 1 - (softcap(z) / c)^2
     """
+    factor = options.scale / options.temperature
     if options.softcap is not None:
-        gradient = gradient.mul_(1 - (logits / options.softcap).square_())
-    return gradient.mul_(options.scale) if options.scale != 1.0 else gradient
+        gradient = gradient.mul_(1 - (logits * (options.temperature / options.softcap)).square_())
+    return gradient.mul_(factor) if factor != 1.0 else gradient
 
 
 def _backward_through_head(
     ctx: Any,
     grad_logprobs: Tensor,
+    grad_entropy: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -251,8 +278,11 @@ def _backward_through_head(
     grad_own = None if own is None else own.clone()
     for rows in _chunks(len(hidden), len(weight), ctx.options.chunk_bytes):
         products, part = _products(hidden[rows], weight, bias), _Own.of(grad_own, ctx.further, rows)
-        _score(products, targets[rows], ctx.options, part, differentiate=True)
+        also = torch.zeros_like(products) if ctx.entropy_gradient else None
+        _score(products, targets[rows], ctx.options, part, differentiate=True, of_entropy=also)
         gradient = products[: len(targets[rows])].mul_(grad_logprobs[rows, None])
+        if also is not None:
+            gradient += also[: len(gradient)] * grad_entropy[rows, None]
         if grad_hidden is not None:
             grad_hidden[rows] = product(gradient, weight.T)
         if grad_weight is not None:

@@ -21,7 +21,7 @@ from luthier.adapters.merge import adapters_merged
 from luthier.adapters.targets import Linear, named_places
 from luthier.errors import RecipeError
 
-__all__ = ["PACKED", "Packing"]
+__all__ = ["PACKED", "Packing", "can_pack"]
 
 MOST_ROWS = 64  # for more, a product is bound by its operations, and the dense layer is as fast
 
@@ -31,8 +31,26 @@ class PackedLinear(nn.Module):
 
     def __init__(self, dense: Any, form: str) -> None:
         super().__init__()
-        self.dense, self.out_features = dense, dense.out_features
+        self.dense, self.in_features, self.out_features = dense, dense.in_features, dense.out_features
         self.multiply = PACKED[form](dense.weight.detach(), dense.bias)
+        self.made_of = _versions(dense)
+
+    @property
+    def weight(self) -> Tensor:
+        """As `dense` has it, [out, in], for adapters that read it."""
+        weight: Tensor = self.dense.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As `dense` has it, [out]."""
+        bias: Tensor | None = self.dense.bias
+        return bias
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was written into the layer since this was made of it."""
+        return self.made_of == _versions(self.dense)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
@@ -97,8 +115,9 @@ class Packing:
 
     def _stored(self, place: tuple[str, nn.Module]) -> PackedLinear:
         path, layer = place
-        if path in self.kept and self.kept[path].dense is layer:
-            return self.kept[path]
+        kept = self.kept.get(path)
+        if kept is not None and kept.dense is layer and kept.is_current:
+            return kept
         with torch.inference_mode():
             made = PackedLinear(layer, self.form).eval()
         if not any(parameter.requires_grad for parameter in layer.parameters()):
@@ -106,20 +125,41 @@ class Packing:
         return made
 
 
+def can_pack(network: PreTrainedModel) -> bool:
+    """Whether weights can be had in few bytes where the network is."""
+    return network.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+
+
 def _refuse(network: PreTrainedModel, form: str) -> None:
-    if network.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+    if not can_pack(network):
         raise RecipeError(f"rollout_weights: {form} is had on x86 CPUs alone; choose dense")
 
 
+def _versions(layer: nn.Module) -> list[int]:
+    """How often each of its tensors was written into."""
+    return [-1 if t.is_inference() else t._version for t in (*layer.parameters(), *layer.buffers())]
+
+
 def _dense_layers(network: PreTrainedModel) -> dict[str, nn.Module]:
-    """Linear layers, without the adapters on them."""
-    return {path: bare(place) for path, place in named_places(network) if isinstance(bare(place), Linear)}
+    """Linear layers, without the adapters on them; not those that an adapter computes otherwise than by calling them,
+    as a copy of the whole layer does.
+    """
+    places = {path: place for path, place in named_places(network) if isinstance(bare(place), Linear)}
+    return {path: bare(place) for path, place in places.items() if not _is_replaced(place)}
+
+
+def _is_replaced(place: nn.Module) -> bool:
+    return isinstance(place, Adapted) and any(not place.adapters[name].sees_rows for name in place.active)
 
 
 def _exchange(network: PreTrainedModel, path: str, layer: nn.Module) -> None:
-    """Puts a layer in its place, under the adapters that are on it."""
+    """Puts a layer in its place, under the adapters that are on it, which then sit on this one."""
     place = network.get_submodule(path)
     if isinstance(place, Adapted):
+        for adapter in place.adapters.values():
+            if adapter.place is place.base:  # else it is merged into that
+                adapter.move(layer)
         place.base = layer
     else:
-        network.set_submodule(path, layer)
+        parent, _, name = path.rpartition(".")
+        setattr(bare(network.get_submodule(parent)), name, layer)

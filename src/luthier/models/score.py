@@ -6,7 +6,7 @@ cannot run a ragged stream are run one sequence after the other: slower, and equ
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,30 +22,59 @@ from luthier.kernels.logprobs import HeadOptions, linear_logprobs
 from luthier.kernels.streams import STREAM_MULTIPLE, Segments
 from luthier.models.load import Model
 
-__all__ = ["Scores", "divergence", "evaluating", "head_options", "hidden_states", "score", "sequence_logprobs"]
+__all__ = [
+    "Scores",
+    "divergence",
+    "evaluating",
+    "head_options",
+    "hidden_states",
+    "score",
+    "scores_of",
+    "sequence_logprobs",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
     """For every target of a batch: logprobs [targets] in nats, differentiable; entropy [targets] in nats, without
-    gradient.
+    gradient unless asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor
 
 
-def score(model: Model | PreTrainedModel, batch: TokenBatch) -> Scores:
+def score(model: Model | PreTrainedModel, batch: TokenBatch, *, temperature: float = 1.0) -> Scores:
     """log p(target | what stands before it in its own sequence), and the entropy of that distribution.
 
-    model: as `load` gives it, or its network alone, which is what an objective is called with.
+    model: as `load` gives it, or its network alone, which is what an objective is called with. temperature: that logits
+    are divided by.
     """
     network = model.network if isinstance(model, Model) else model
     batch = batch.to(network.device)
-    hidden = hidden_states(network, batch)[batch.target_index]
-    head = network.get_output_embeddings()
+    return scores_of(network, hidden_states(network, batch)[batch.target_index], batch, temperature=temperature)
+
+
+def scores_of(
+    network: PreTrainedModel,
+    hidden: Tensor,
+    batch: TokenBatch,
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+) -> Scores:
+    """As `score`, where the hidden states of the targets are known already, [targets, hidden]. entropy_gradient: the
+    entropies are differentiable too.
+    """
+    head, options = network.get_output_embeddings(), head_options(network)
     logprobs, entropy = linear_logprobs(
-        hidden, head.weight, head.bias, batch.target_ids, head_options(network), further=further_rows(head)
+        hidden,
+        head.weight,
+        head.bias,
+        batch.target_ids,
+        replace(options, temperature=temperature),
+        further=further_rows(head),
+        entropy_gradient=entropy_gradient,
     )
     return Scores(logprobs, entropy)
 

@@ -19,7 +19,9 @@ from luthier.objectives.language import language_modelling
 from luthier.objectives.loss import Loss
 from luthier.objectives.preference import Answers, Verdicts, kto
 from luthier.objectives.reward import bradley_terry, stepwise
+from luthier.pipeline.policy import guard_of, policy_objective
 from luthier.pipeline.reference import with_reference
+from luthier.recipe.policy import OnPolicy
 from luthier.recipe.preference import KTO, OnPairs, ProcessReward, Reward, WithReference
 from luthier.recipe.training import Training
 from luthier.training.loop import Guard, Measure, Objective, Preparation
@@ -30,6 +32,7 @@ __all__ = [
     "language_method",
     "next_tokens",
     "on_pairs",
+    "policy_method",
     "process_reward_method",
     "reward_method",
 ]
@@ -116,6 +119,11 @@ def reward_method(settings: Reward) -> Method:
     return Method(objective, measure=_calibration)
 
 
+def policy_method(settings: OnPolicy) -> Method:
+    """PPO, GRPO and their kin."""
+    return Method(policy_objective(settings), guard=guard_of(settings))
+
+
 def process_reward_method(settings: ProcessReward) -> Method:
     """A process reward model, which reads a reward off each step's last token."""
 
@@ -146,8 +154,8 @@ def _compared(method: Method, settings: WithReference) -> Method:
         return method
 
     def guard(measured: dict[str, float]) -> str | None:
-        found = measured["kl_per_token"]
-        if found <= bound:
+        found = measured.get("kl_per_token")  # which evaluations alone tell
+        if found is None or found <= bound:
             return None
         return f"the policy is {found:.3f} nats a token from its reference, over max_kl {bound}"
 

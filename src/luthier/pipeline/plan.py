@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from luthier.data.batches import StepPlan, TokenBatch, cut
 from luthier.data.prepare import Prepared
 from luthier.models.load import Model, default_device, outline
+from luthier.pipeline.policy import COLUMNS
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.reference import placeholders
 from luthier.pipeline.stages import STAGES
@@ -229,7 +230,11 @@ def _footprint(word: str, settings: Training, model_name: str, batch: TokenBatch
         dense = sum(p.nbytes for p in model.network.parameters())
         prepare_network(settings, model)
         state = fresh_state(settings, model, outline=True)
-        return model, dense, step_footprint(state, placeholders(batch), STAGES[word].method(settings).objective)
+        return (
+            model,
+            dense,
+            step_footprint(state, placeholders(batch, *COLUMNS), STAGES[word].method(settings).objective),
+        )
 
 
 def _candidates(settings: Training, smallest_tokens: int) -> Iterator[tuple[str, dict[str, object]]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from luthier.adapters.base import Adapter
 from luthier.adapters.inject import DEFAULT_NAME, inject
 from luthier.adapters.new_tokens import numbered, with_tokens
+from luthier.adapters.switch import activate
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RecipeError
 from luthier.models.fuse import fuse
@@ -19,8 +20,12 @@ from luthier.models.heads import with_head, with_trained_head
 from luthier.models.load import Model, gives_rewards, load_either
 from luthier.models.quantize import quantize_base
 from luthier.models.trainable import checkpoint_layers, freeze_base, train_all_but
+from luthier.models.values import add_value_head
+from luthier.pipeline.policy import CRITIC
+from luthier.pipeline.prompts import prepare_prompts
 from luthier.quant.linear import round_trip
 from luthier.recipe.adapters import AnyAdapter
+from luthier.recipe.policy import PPO, OnPolicy
 from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import OnChats, Training
 from luthier.training.optimizers import make_optimizer
@@ -38,6 +43,8 @@ def prepare_data(settings: Training, model: Model, folder: Path) -> Prepared:
     """
     model.tokenizer = with_tokens(model.tokenizer, () if settings.adapter is None else settings.adapter.new_tokens)
     set_template(model, settings)
+    if isinstance(settings, OnPolicy):
+        return prepare_prompts(settings, model.tokenizer, quarantine=folder / "quarantine.jsonl")
     stops = model.network.generation_config.eos_token_id
     return prepare(
         settings,
@@ -83,9 +90,22 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
         adapters = adapt(model, wanted, seed=settings.seed, scheme=scheme)
         if scheme:
             quantize_base(model.network, scheme)
+    if isinstance(settings, PPO):
+        adapters += _with_critic(settings, model)
     checkpoint_layers(model.network, settings.gradient_checkpointing)
     model.network.train()
     return adapters
+
+
+def _with_critic(settings: PPO, model: Model) -> list[Adapter]:
+    """Gives the network a value head, and where that has a trunk of its own an adapter for it, which is returned."""
+    critic: list[Adapter] = []
+    if settings.value_trunk == "own":
+        assert settings.adapter is not None, "a trunk of its own is an adapter"
+        critic = adapt(model, settings.adapter, seed=settings.seed + 1, name=CRITIC)
+        activate(model.network, DEFAULT_NAME)
+    add_value_head(model.network)
+    return critic
 
 
 def adapt(

@@ -63,12 +63,16 @@ def referred(
     return [_filled(group, remaining) for group in groups]
 
 
-def placeholders(batch: TokenBatch) -> TokenBatch:
-    """The batch with zeros for what a reference model says of it: for memory plans."""
+def placeholders(batch: TokenBatch, *columns: str) -> TokenBatch:
+    """The batch with zeros for what a reference model says of it, and for columns of these names: for memory plans."""
     other = batch.mismatched
     zeros = torch.zeros(batch.count("sequences"))
     return replace(
-        batch, reference=zeros, baseline=zeros.sum(), mismatched=None if other is None else placeholders(other)
+        batch,
+        reference=zeros,
+        baseline=zeros.sum(),
+        mismatched=None if other is None else placeholders(other),
+        columns=dict.fromkeys(columns, torch.zeros(batch.count("tokens"))),
     )
 
 

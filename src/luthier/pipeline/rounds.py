@@ -38,6 +38,7 @@ from luthier.models.load import load
 from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.manifest import data_hashes
 from luthier.pipeline.prepare import set_template
+from luthier.pipeline.prompts import distinct
 from luthier.pipeline.train import Summary
 from luthier.recipe.document import Stage
 from luthier.recipe.judges import RuleJudge
@@ -171,11 +172,11 @@ class _Rounds:
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Those that are learned from, in the seed's order, and those that win rates are taken on."""
         settings = self.settings
-        found = _distinct(self._read(settings.data))
+        found = distinct(self._read(settings.data))
         shuffled = [found[i] for i in np.random.default_rng(settings.seed).permutation(len(found))]
         if settings.eval_data is not None:
-            held_out = _distinct(self._read(settings.eval_data))[: settings.eval_prompts]
-            return _distinct(shuffled, besides=held_out), held_out
+            held_out = distinct(self._read(settings.eval_data))[: settings.eval_prompts]
+            return distinct(shuffled, besides=held_out), held_out
         if len(shuffled) <= settings.eval_prompts:
             raise DataError(
                 f"{len(shuffled)} prompts leave none to learn from beside {settings.eval_prompts} to evaluate on; "
@@ -266,20 +267,6 @@ class _Rounds:
             write_whole(path, json.dumps([list(map(asdict, answers)) for answers in found], indent=1) + "\n")
         read = json.loads(path.read_text(encoding="utf-8"))
         return [tuple(_Answer(**answer) for answer in answers) for answers in read]
-
-
-def _distinct(prompts: Sequence[Prompt], *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
-    """The prompts that say something else than those before them and those besides, so that none is trained on and
-    compared on.
-    """
-    seen = {repr((prompt.messages, prompt.tools)) for prompt in besides}
-    kept: list[Prompt] = []
-    for prompt in prompts:
-        said = repr((prompt.messages, prompt.tools))
-        if said not in seen:
-            kept.append(prompt)
-        seen.add(said)
-    return kept
 
 
 def _ranked(

@@ -10,6 +10,7 @@ from luthier.pipeline.methods import (
     feedback_method,
     language_method,
     on_pairs,
+    policy_method,
     process_reward_method,
     reward_method,
 )
@@ -48,4 +49,11 @@ STAGES: dict[str, StageKind] = {
     "process_reward": StageKind(process_reward_method, "Train a reward model on answers whose steps are labelled."),
     "iterative_dpo": StageKind(_dpo, "Sample answers, let a judge rank them, learn from the pairs, and again."),
     "rlaif": StageKind(_dpo, "Sample answers, let a language model rank them, learn from the pairs, and again."),
+    "ppo": StageKind(policy_method, "Learn from rewards, with a value head that says what was to be expected."),
+    "grpo": StageKind(policy_method, "Learn from rewards, each answer compared with others to its prompt."),
+    "dr_grpo": StageKind(policy_method, "GRPO without its biases of length and difficulty."),
+    "dapo": StageKind(policy_method, "GRPO for long answers: decoupled clipping, dynamic sampling."),
+    "gspo": StageKind(policy_method, "GRPO by the ratios of whole answers."),
+    "rloo": StageKind(policy_method, "Learn from rewards by plain policy gradients, leave-one-out baselines."),
+    "reinforce_pp": StageKind(policy_method, "Learn from rewards without a baseline, advantages whitened."),
 }

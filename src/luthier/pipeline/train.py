@@ -26,9 +26,12 @@ from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.live import store_adapter
+from luthier.pipeline.on_policy import on_rollouts, remove_critic
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
+from luthier.pipeline.policy import COLUMNS
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
-from luthier.pipeline.reference import referred
+from luthier.pipeline.prompts import PreparedPrompts
+from luthier.pipeline.reference import placeholders, referred
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
@@ -95,6 +98,7 @@ def train(
     started = time.perf_counter()
     fit(run)
     run.state.precision.close()
+    remove_critic(model.network)
     release_freed_memory()
     if settings.adapter is not None:
         store_adapter(model, folder / "adapter")
@@ -117,7 +121,10 @@ def make_run(
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
     method = STAGES[word].method(settings)
-    return Run(
+    checkpoints = Checkpoints(
+        folder / "checkpoints", keep_last=settings.keep_last, fingerprint=_fingerprint(settings, model, prepared)
+    )
+    run = Run(
         state=fresh_state(settings, model),
         plan=StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps),
         objective=method.objective,
@@ -126,13 +133,12 @@ def make_run(
         guard=method.guard,
         settings=settings,
         micro_batch_tokens=micro_batch_tokens,
-        checkpoints=Checkpoints(
-            folder / "checkpoints", keep_last=settings.keep_last, fingerprint=_fingerprint(settings, model, prepared)
-        ),
+        checkpoints=checkpoints,
         eval_batches=cut(prepared.evaluation, micro_batch_tokens) if prepared.evaluation else (),
         callbacks=listeners,
         adapters=adapters,
     )
+    return on_rollouts(run, prepared, model, folder) if isinstance(prepared, PreparedPrompts) else run
 
 
 def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
@@ -192,6 +198,8 @@ def _resume_or_rehearse(run: Run, prepared: Prepared) -> None:
         return
     largest = largest_micro_batch(run.settings, prepared, run.micro_batch_tokens)
     torch.manual_seed(0)
+    if isinstance(prepared, PreparedPrompts):
+        largest = placeholders(largest, *COLUMNS)
     step_gradients(run.state.network, run.prepared([largest]), run.objective)
     run.state.optimizer.zero_grad(set_to_none=True)
 

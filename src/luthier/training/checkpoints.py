@@ -126,6 +126,10 @@ class Checkpoints:
             if path not in kept:
                 shutil.rmtree(path)
 
+    def oldest_step(self) -> int:
+        """The step of the oldest checkpoint that is kept, 0 where there is none."""
+        return min((int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*")), default=0)
+
     def clear(self) -> None:
         """Forgets every checkpoint, for a run that starts from the beginning."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -133,11 +137,14 @@ class Checkpoints:
 
 @torch.no_grad()
 def load_trained(network: nn.Module, checkpoint: Path) -> None:
-    """Puts what a checkpoint's run has trained into the network, tensor by tensor, and nothing else."""
+    """Puts what a checkpoint's run has trained into the network, tensor by tensor, and nothing else. What the network
+    has no place for, as a head that is there while training, is left out.
+    """
+    places = dict(network.named_parameters())
     with safe_open(checkpoint / _TENSORS, "pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118, the file is no dict
-            if key.startswith("parameter/"):
-                network.get_parameter(key.removeprefix("parameter/")).copy_(tensors.get_tensor(key))
+            if (name := key.removeprefix("parameter/")) in places:
+                places[name].copy_(tensors.get_tensor(key))
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from luthier.adapters.base import Adapter, Step
 from luthier.adapters.inject import after_step, before_step, penalty
-from luthier.data.batches import StepPlan, TokenBatch, cut
+from luthier.data.batches import Plan, TokenBatch, cut
 from luthier.errors import TrainingError
 from luthier.models.score import evaluating
 from luthier.objectives.loss import DIFFERENCES, Loss
@@ -46,11 +46,12 @@ class Run:
     """All that one training is made of. eval_batches: what is evaluated on, cut already; empty for none.
 
     prepare: gives a step's micro-batches, or those of an evaluation, what the objective wants of all of them. measure:
-    what an evaluation tells besides the objective's metrics. guard: of what it told, why the training has to end.
+    what an evaluation tells besides the objective's metrics. evaluation: what stands for an evaluation on batches,
+    "loss" among it, the lower the better. guard: of what an evaluation or a step told, why the training has to end.
     """
 
     state: TrainState
-    plan: StepPlan
+    plan: Plan
     objective: Objective
     settings: Training
     micro_batch_tokens: int | None
@@ -60,7 +61,13 @@ class Run:
     adapters: Sequence[Adapter] = ()
     prepare: Preparation | None = None
     measure: Measure | None = None
+    evaluation: Callable[[], dict[str, float]] | None = None
     guard: Guard | None = None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.eval_batches) or self.evaluation is not None
 
     def cut(self, step: int) -> list[TokenBatch]:
         """The micro-batches of a step, counted from 0."""
@@ -81,13 +88,14 @@ def fit(run: Run) -> Metrics:
     for callback in run.callbacks:
         callback.on_start(progress.step, num_steps)
     try:
-        if run.eval_batches and progress.step == 0:
+        if run.evaluates and progress.step == 0:
             best = _evaluate(run)
             if run.guard and run.checkpoints:  # there must be something to go back to
                 run.checkpoints.save(run.state, best=best)
         while progress.step < num_steps and not progress.early_stopped:
             metrics = train_step(run)
             _tell(run, metrics)
+            _ask_guard(run, metrics)
             _evaluate_and_save(run, last=progress.step == num_steps)
         if progress.stopped_by:
             _go_back(run)
@@ -119,6 +127,7 @@ def train_step(run: Run) -> Metrics:
         "step": progress.step,
         "epoch": round(run.plan.epoch_at(progress.step), 6),
         **numbers,
+        **run.plan.told(progress.step - 1),
         "learning_rate": rate,
         "tokens": progress.tokens,
         "seconds": seconds,
@@ -225,7 +234,7 @@ def _evaluated(network: nn.Module, batches: Sequence[TokenBatch], objective: Obj
 def _evaluate_and_save(run: Run, *, last: bool) -> None:
     progress, settings = run.state.progress, run.settings
     best = False
-    if run.eval_batches and (last or _due(run, settings.eval_every)):
+    if run.evaluates and (last or progress.stopped_by or _due(run, settings.eval_every)):
         best = _evaluate(run)
     if run.checkpoints and (last or best or progress.early_stopped or _due(run, settings.save_every)):
         run.checkpoints.save(run.state, best=best)
@@ -246,24 +255,36 @@ def _evaluate(run: Run) -> bool:
     """
     started, progress = time.perf_counter(), run.state.progress
     with evaluating(run.state.network):
-        batches = run.prepared(run.eval_batches)
-        measured = _evaluated(run.state.network, batches, run.objective)
-        if run.measure is not None:
-            measured |= run.measure(run.state.network, batches)
+        measured = _evaluated_run(run)
     loss = measured["loss"]
-    progress.stopped_by = None if run.guard is None else run.guard(measured)
+    _ask_guard(run, measured)
     best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss) and not progress.stopped_by
     progress.best_loss = loss if best else progress.best_loss
     progress.stale_evaluations = 0 if best else progress.stale_evaluations + 1
     patience = run.settings.early_stopping
     stale = patience is not None and progress.stale_evaluations >= patience
     progress.early_stopped = stale or progress.stopped_by is not None
-    if progress.stopped_by:
-        logger.warning("step %d: %s; the training ends", progress.step, progress.stopped_by)
     seconds = time.perf_counter() - started
     told = {f"eval_{name}": value for name, value in measured.items()}
     _tell(run, {"step": progress.step, **told, "seconds": seconds})
     return best
+
+
+def _evaluated_run(run: Run) -> dict[str, float]:
+    if run.evaluation is not None:
+        return run.evaluation()
+    batches = run.prepared(run.eval_batches)
+    measured = _evaluated(run.state.network, batches, run.objective)
+    return measured if run.measure is None else measured | run.measure(run.state.network, batches)
+
+
+def _ask_guard(run: Run, measured: dict[str, float]) -> None:
+    """Ends the training where the guard says why; a reason once given stays."""
+    progress = run.state.progress
+    if run.guard is None or progress.stopped_by or not (reason := run.guard(measured)):
+        return
+    progress.stopped_by, progress.early_stopped = reason, True
+    logger.warning("step %d: %s; the training ends", progress.step, reason)
 
 
 def _due(run: Run, interval: int | str | None) -> bool:

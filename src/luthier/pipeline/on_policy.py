@@ -1,0 +1,131 @@
+"""A policy stage's own parts of a run: who samples answers, who gives rewards, and who warns of what goes wrong."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from luthier.adapters.switch import adapter_names, delete_adapter
+from luthier.models.load import Model
+from luthier.models.packed import can_pack
+from luthier.models.values import remove_value_head
+from luthier.pipeline.live import store_adapter
+from luthier.pipeline.policy import CRITIC
+from luthier.pipeline.prompts import PreparedPrompts
+from luthier.pipeline.rollouts import RolloutPlan
+from luthier.recipe.policy import OnPolicy
+from luthier.rollout.engine import LocalEngine
+from luthier.rollout.requests import Engine, Request, Sample, Sampling
+from luthier.rollout.rewards import Rewarder, rewarder_of
+from luthier.rollout.scoring import Failure
+from luthier.rollout.server_engine import ServerEngine, server_engine
+from luthier.training.callbacks import Metrics
+from luthier.training.loop import Run
+
+__all__ = ["on_rollouts", "remove_critic"]
+
+logger = logging.getLogger(__name__)
+
+_ROLLOUTS_IN_A_ROW = 3  # with rewards that go with the length, before a warning
+
+
+def on_rollouts(run: Run, prepared: PreparedPrompts, model: Model, folder: Path) -> Run:
+    """The run, with rollouts as its plan. Raises RecipeError for rewards, servers or weights that cannot be had."""
+    settings = run.settings
+    assert isinstance(settings, OnPolicy), "only policies learn on prompts"
+    assert run.micro_batch_tokens is not None
+    plan = RolloutPlan(
+        settings,
+        prepared,
+        model,
+        folder,
+        engine=_engine(settings, model, folder),
+        rewarder=_rewarder(settings, model),
+        micro_batch_tokens=run.micro_batch_tokens,
+        oldest_step=run.checkpoints.oldest_step if run.checkpoints else lambda: 0,
+    )
+    run.plan = plan
+    run.evaluation = plan.evaluation if prepared.held_out and settings.eval_every else None
+    run.callbacks = [*run.callbacks, Warner(settings)]
+    return run
+
+
+def remove_critic(network: PreTrainedModel) -> None:
+    """Takes away the value head, and the adapter under it, where a stage had them."""
+    remove_value_head(network)
+    if CRITIC in adapter_names(network):
+        delete_adapter(network, CRITIC)
+
+
+def _rewarder(settings: OnPolicy, model: Model) -> Rewarder:
+    parts = settings.reward if isinstance(settings.reward, tuple) else (settings.reward,)
+    return rewarder_of(parts, count_tokens=lambda text: len(model.tokenizer.encode(text, add_special_tokens=False)))
+
+
+def _engine(settings: OnPolicy, model: Model, folder: Path) -> Engine:
+    if settings.server is not None:
+        return _Pushed(server_engine(settings.server, model.tokenizer), model, folder / "pushed")
+    weights = settings.rollout_weights
+    if weights == "auto":
+        weights = "fp16" if can_pack(model.network) else "dense"
+    return LocalEngine(model, weights=weights, max_rows=settings.rollout_rows)
+
+
+@dataclass(slots=True)
+class _Pushed:
+    """A server that is sent the policy as it is each time before it is asked, where it can take it."""
+
+    engine: ServerEngine
+    model: Model
+    folder: Path
+    version: int = field(default=0, init=False)
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Sample, ...] | Failure]:
+        """As the server's engine. Raises what pushing raises."""
+        if self.engine.pusher is not None:
+            self.version += 1
+            place = self.folder / f"version-{self.version}"
+            store_adapter(self.model, place)
+            self.engine.push(place, self.version)
+        return self.engine.sample(requests, sampling)
+
+
+class Warner:
+    """Says once what a run's numbers mean where they go wrong: an entropy that falls to nothing, rewards for length."""
+
+    def __init__(self, settings: OnPolicy) -> None:
+        self.settings = settings
+        self.told: set[str] = set()
+        self.in_a_row = 0
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """Nothing to prepare."""
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        """Looks at the numbers of a step."""
+        entropy = metrics.get("entropy")
+        if entropy is not None and entropy < self.settings.min_entropy:
+            self._warn(
+                f"step {metrics['step']}: the policy's entropy is {entropy:.3f} nats a token, under min_entropy, so it "
+                "hardly tries anything new; raise temperature, entropy_weight or clip_high, or lower learning_rate"
+            )
+        correlation = metrics.get("rewards/length_correlation")
+        if correlation is None:
+            return
+        self.in_a_row = self.in_a_row + 1 if abs(correlation) > self.settings.max_length_correlation else 0
+        if self.in_a_row >= _ROLLOUTS_IN_A_ROW:
+            self._warn(
+                f"step {metrics['step']}: rewards go with the answers' length (correlation {correlation:.2f}), so that "
+                "may be what is learned; look at rollouts/*/answers.jsonl"
+            )
+
+    def on_end(self) -> None:
+        """Nothing to close."""
+
+    def _warn(self, sentence: str) -> None:
+        kind = sentence.partition(": ")[2][:20]
+        if kind not in self.told:
+            self.told.add(kind)
+            logger.warning("%s", sentence)
