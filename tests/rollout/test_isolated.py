@@ -115,7 +115,7 @@ def test_what_a_function_has_started_ends_with_it(rule: Isolated) -> None:
 def test_a_process_ends_when_nobody_uses_it(tmp_path: Path) -> None:
     (tmp_path / "rule.py").write_text("import os\n\ndef pid(prompt, completion, row):\n    return os.getpid()\n")
     rule = isolated_function(f"{tmp_path / 'rule.py'}:pid")
-    pid = int(score(rule, "")[0])  # type: ignore[call-overload]
+    pid = int(score(rule, "")[0])
     assert pid != os.getpid()
     assert psutil.pid_exists(pid)
     del rule

@@ -1,6 +1,7 @@
 """Each rule with right, wrong and nasty answers: what is wrong is worth 0, what cannot be compared has a reason."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,17 @@ def test_every_answer_of_gsm8k_equals_itself_as_mathematics(step: int) -> None:
 )
 def test_expressions_are_equal_by_mathematics(answer: str, right: object, expected: Score) -> None:
     assert worth(MathReward(), answer, right) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "library"), [(MathReward(), "math_verify"), (JsonReward(json_schema=PERSON), "jsonschema")]
+)
+def test_a_library_that_is_missing_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, settings: AnyReward, library: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(RecipeError, match=r'install it with pip install "luthier\[rl\]"$'):
+        rule_of(settings)
 
 
 @given(answers, st.sampled_from([s for s in RULES if s not in ("math", "regex", "length")]))

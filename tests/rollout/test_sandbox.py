@@ -124,7 +124,7 @@ def test_a_right_program_passes(program: str, test: str) -> None:
 )
 def test_a_wrong_program_passes_nothing_in_time(program: str) -> None:
     start = time.monotonic()
-    assert passed(program, "assert f(1) == 1", timeout_seconds=2) == 0
+    assert passed(program, "assert f(1) == 1", timeout_seconds=3) == 0
     assert time.monotonic() - start < 10
 
 
@@ -230,7 +230,7 @@ def test_a_program_connects_to_no_server() -> None:
 def test_a_fork_bomb_leaves_no_process() -> None:
     before = set(psutil.pids())
     bomb = "import os, threading\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
-    assert passed(bomb, "pass", timeout_seconds=2) == 0
+    assert passed(bomb, "pass", timeout_seconds=3) == 0
     left = [psutil.Process(pid).cmdline() for pid in set(psutil.pids()) - before]
     assert not [command for command in left if "luthier.rollout.candidate" in " ".join(command)]
 
@@ -242,7 +242,7 @@ def test_big_files_and_open_files_have_limits() -> None:
 
 def test_tests_that_pass_before_time_is_up_count() -> None:
     program = "def f(x):\n    while x > 2: pass\n    return x"
-    assert passed(program, "assert f(1) == 1", "assert f(2) == 2", "f(3)", "pass", timeout_seconds=2) == 2
+    assert passed(program, "assert f(1) == 1", "assert f(2) == 2", "f(3)", "pass", timeout_seconds=3) == 2
 
 
 def test_tests_may_not_do_more_than_programs(tmp_path: Path, closed_files: None) -> None:
