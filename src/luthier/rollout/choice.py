@@ -14,22 +14,30 @@ __all__ = ["choose", "penalized"]
 FEW = 512  # candidates that are looked at first; mostly they hold all of top_p
 
 
-def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Tokens [rows] int64 and their log-probabilities [rows], in nats, at the temperature (at 1 where that is 0).
+def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens [rows] int64 and their log-probabilities [rows], in nats, at the temperature (at 1 where that is 0); nan
+    where a row's logits are not numbers.
 
-    logits: [rows, vocabulary] float32; used up. uniforms: [rows], in [0, 1).
+    logits: [rows, vocabulary] float32; used up. uniforms: [rows], in [0, 1). seen: [rows, vocabulary] bool, the tokens
+    that the repetition penalty makes less likely.
     """
-    greedy = sampling.temperature == 0
-    if not greedy and sampling.temperature != 1:
+    if sampling.temperature not in (0, 1):
         logits = logits.div_(sampling.temperature)
-    normalizer = logits.logsumexp(-1)
-    if greedy:
-        tokens = logits.argmax(-1)
-    elif sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
-        tokens = _among_likely(logits, normalizer, uniforms, sampling)
-    else:
-        tokens = _drawn(logits.sub(normalizer[:, None]).exp_(), uniforms)
-    return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    tokens = _chosen(logits, normalizer, uniforms, sampling, seen)[:, None]
+    return tokens.squeeze(-1), (logits.gather(-1, tokens) - normalizer).squeeze(-1)
+
+
+def _chosen(logits: Tensor, normalizer: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
+    """The tokens. The logits stay as they are."""
+    if seen is not None:
+        logits = penalized(logits, seen, sampling.repetition_penalty)  # at any temperature: it scales as that does
+        normalizer = logits.logsumexp(-1, keepdim=True)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
+        return _among_likely(logits, normalizer, uniforms, sampling)
+    return _drawn(logits.sub(normalizer).exp_(), uniforms)
 
 
 def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -45,17 +53,18 @@ def _drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = weights.cumsum(-1)
     wanted = uniforms[:, None].to(cumulative.dtype) * cumulative[:, -1:]
     wanted = torch.minimum(wanted, cumulative[:, -1:].nextafter(cumulative.new_zeros(())))  # rounding may reach the end
-    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+    places = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+    return places.clamp_(max=weights.shape[-1] - 1)  # weights that are not numbers have no place
 
 
 def _among_likely(logits: Tensor, normalizer: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """A draw from the tokens that top_k, then top_p, then min_p leave, each of what the one before left."""
     number = sampling.top_k or (FEW if sampling.top_p < 1 else logits.shape[-1])
     values, tokens = logits.topk(min(number, logits.shape[-1]))
-    weights = values.sub_(normalizer[:, None]).exp_()
+    weights = values.sub_(normalizer).exp_()
     if not sampling.top_k and sampling.top_p < 1 and bool((weights.sum(-1) < sampling.top_p).any()):
         values, tokens = logits.sort(-1, descending=True)
-        weights = values.sub_(normalizer[:, None]).exp_()
+        weights = values.sub_(normalizer).exp_()
     if sampling.top_p < 1:
         whole = weights.sum(-1, keepdim=True) if sampling.top_k else 1.0
         before = weights.cumsum(-1) - weights
