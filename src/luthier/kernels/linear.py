@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.recompute import to_keep
 
-__all__ = ["linear", "product"]
+__all__ = ["has_onednn", "linear", "product", "whole_product"]
 
 SMALLEST_ROWS = 8  # below, a product is bound by reading the weight, and compiling one for the size is the larger cost
 
@@ -45,13 +45,25 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix if matrix.T.is_contiguous() else matrix.contiguous()
 
 
+def whole_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b by oneDNN whatever the number of rows, without a gradient; where `has_onednn` says so. For a few rows
+    that come again and again: what compiling costs is then paid once. x: [rows, in].
+    """
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+    return result
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether products of this type go there on a CPU."""
+    return dtype == torch.float32 and bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
+
+
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
         and x.numel() >= max(1, SMALLEST_ROWS * x.shape[-1])
-        and bool(torch.backends.mkldnn.enabled)
-        and torch.backends.mkldnn.is_available()
+        and has_onednn(x.dtype)
     )
 
 

@@ -7,9 +7,10 @@ million parameters, and int8 is not: KL 1e-2. Inputs in int8 as well would be fa
 tokens pass through, as prompts do, is computed by the layers as they are.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from luthier.adapters.adapted import Adapted, bare
 from luthier.adapters.merge import adapters_merged
 from luthier.adapters.targets import Linear, named_places
 from luthier.errors import RecipeError
+from luthier.kernels.linear import has_onednn, whole_product
 
 __all__ = ["PACKED", "Packing", "can_pack"]
 
@@ -27,12 +29,13 @@ MOST_ROWS = 64  # for more, a product is bound by its operations, and the dense 
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b, W in few bytes for a few rows, and as `dense` has it for many. weight: [out, in]. form: of PACKED."""
+    """x W^T + b, W in few bytes for a few rows, and as `dense` has it for many. form: of FORMS."""
 
     def __init__(self, dense: Any, form: str) -> None:
         super().__init__()
         self.dense, self.in_features, self.out_features = dense, dense.in_features, dense.out_features
-        self.multiply = PACKED[form](dense.weight.detach(), dense.bias)
+        self.multiply = FORMS[form](dense.weight.detach(), dense.bias)
+        self.most_rows = MOST_ROWS if form in PACKED else sys.maxsize
         self.made_of = _versions(dense)
 
     @property
@@ -55,7 +58,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > MOST_ROWS:
+        if len(rows) > self.most_rows:
             dense: Tensor = self.dense(x)
             return dense
         product: Tensor = self.multiply(rows).to(x.dtype)
@@ -74,11 +77,17 @@ def _by_int8(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, ones).float() * scales + added
 
 
+def _dense(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: whole_product(x, weight, bias)
+
+
 PACKED: dict[str, Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]] = {
     "fp16": _by_float16,
     "int8": _by_int8,
 }
 """From weight [out, in] and bias to x -> x W^T + b in float32, x: [rows, in]."""
+
+FORMS = {"dense": _dense, **PACKED}
 
 
 class Packing:
@@ -98,11 +107,13 @@ class Packing:
         dense: adapters are merged for the while. Else they stay as they are, over layers in few bytes: to store all
         merged layers anew takes as long as some hundred steps of what they add.
         """
-        if self.form == "dense":
-            with adapters_merged(self.network):
+        with adapters_merged(self.network) if self.form == "dense" else nullcontext():
+            layers = {} if self.form == "dense" and not _by_onednn(self.network) else _dense_layers(self.network)
+            with self._exchanged(layers):
                 yield
-            return
-        layers = _dense_layers(self.network)
+
+    @contextmanager
+    def _exchanged(self, layers: dict[str, nn.Module]) -> Iterator[None]:
         try:
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 stored = list(pool.map(self._stored, layers.items()))
@@ -120,9 +131,12 @@ class Packing:
             return kept
         with torch.inference_mode():
             made = PackedLinear(layer, self.form).eval()
-        if not any(parameter.requires_grad for parameter in layer.parameters()):
-            self.kept[path] = made
+        self.kept[path] = made
         return made
+
+
+def _by_onednn(network: PreTrainedModel) -> bool:
+    return network.device.type == "cpu" and has_onednn(network.dtype)
 
 
 def can_pack(network: PreTrainedModel) -> bool:
