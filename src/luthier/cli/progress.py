@@ -12,7 +12,7 @@ from luthier.training.callbacks import Metrics
 __all__ = ["Screen", "show_summary"]
 
 _PLAIN_EVERY_SECONDS = 15.0
-_SHOWN = {"eval_perplexity": "perplexity", "eval_rewards/accuracies": "accuracy"}
+_SHOWN = {"eval_perplexity": "perplexity", "eval_rewards/accuracies": "accuracy", "eval_reward": "reward"}
 
 
 class Screen:
@@ -43,8 +43,9 @@ class Screen:
                 text += f", {word} {metrics[name]:.2f}" if name in metrics else ""
             self.bar.console.print(f"{self.title} step {metrics['step']}: {text}")
             return
+        learned = f"reward {metrics['reward']:.3f}" if "reward" in metrics else f"loss {metrics['loss']:.4f}"
         text = (
-            f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s  "
+            f"{learned}  {metrics['tokens_per_second']:.0f} tokens/s  "
             f"{metrics['memory_bytes'] / 1e9:.2f} GB"
         )
         self.bar.update(self.task, completed=metrics["step"], text=text)

@@ -27,8 +27,11 @@ _HELD_OUT = {
     "eval_loss": "Held-out loss",
     "eval_perplexity": "Held-out perplexity",
     "eval_rewards/accuracies": "Held-out accuracy",
+    "eval_reward": "Held-out reward",
 }
 _NO_CHART = {"step", "epoch", "seconds", "tokens", "loss", "memory_bytes", *_CHARTS}
+
+_SHOWN_ANSWERS = 4  # of the highest and of the lowest rewards
 
 Rows = list[tuple[str, str]]
 
@@ -52,7 +55,7 @@ class _Card:
 @dataclass(frozen=True, slots=True)
 class _Stage:
     """One stage as its folder tells it; steps and evaluations are lines of metrics.jsonl. won: of a round, how often
-    against the start.
+    against the start. answers: of the last rollout, those with the highest rewards and those with the lowest.
     """
 
     name: str
@@ -61,6 +64,7 @@ class _Stage:
     evaluations: list[Metrics]
     seconds: float
     won: str
+    answers: list[dict[str, Any]]
 
     @property
     def held_out(self) -> bool:
@@ -123,7 +127,18 @@ def _read_stage(folder: Path) -> _Stage:
         steps=[line for line in lines if "loss" in line],
         evaluations=[line for line in lines if "eval_loss" in line],
         seconds=sum(line["seconds"] for line in lines),
+        answers=_read_answers(folder / "rollouts"),
     )
+
+
+def _read_answers(folder: Path) -> list[dict[str, Any]]:
+    """Some of the newest rollout's answers, by their rewards; none where there are no rollouts."""
+    newest = max(folder.glob("*/answers.jsonl"), default=None)
+    if newest is None:
+        return []
+    rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").split("\n") if line]
+    scored = sorted((row for row in rows if row["reward"] is not None), key=lambda row: -row["reward"])
+    return scored if len(scored) <= 2 * _SHOWN_ANSWERS else [*scored[:_SHOWN_ANSWERS], *scored[-_SHOWN_ANSWERS:]]
 
 
 def _result(stages: Sequence[_Stage]) -> str:
