@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from luthier.adapters.adapted import Adapted, bare
@@ -26,6 +27,7 @@ from luthier.kernels.linear import has_onednn, whole_product
 __all__ = ["PACKED", "Packing", "can_pack"]
 
 MOST_ROWS = 64  # for more, a product is bound by its operations, and the dense layer is as fast
+_INT8_MULTIPLE = 32  # inputs; for others the kernel reads beyond the weight
 
 
 class PackedLinear(nn.Module):
@@ -74,7 +76,9 @@ def _by_int8(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     scales = weight.float().abs().amax(1).clamp_(min=1e-12).div_(127)
     codes = weight.float().div(scales[:, None]).round_().to(torch.int8)
     ones, added = torch.ones_like(scales, dtype=torch.bfloat16), 0.0 if bias is None else bias.float()
-    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, ones).float() * scales + added
+    missing = -codes.shape[1] % _INT8_MULTIPLE
+    codes = pad(codes, (0, missing))
+    return lambda x: torch._weight_int8pack_mm(pad(x.bfloat16(), (0, missing)), codes, ones).float() * scales + added
 
 
 def _dense(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -131,8 +135,15 @@ class Packing:
             return kept
         with torch.inference_mode():
             made = PackedLinear(layer, self.form).eval()
-        self.kept[path] = made
+        if self._can_be_kept(layer):
+            self.kept[path] = made
         return made
+
+    def _can_be_kept(self, layer: nn.Module) -> bool:
+        """Not what is trained, for PyTorch's fused optimizer leaves no trace of what it writes; nor in the dense form,
+        where making costs nothing, and what is made of merged weights would hold on to them.
+        """
+        return self.form in PACKED and not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _by_onednn(network: PreTrainedModel) -> bool:
@@ -149,9 +160,10 @@ def _refuse(network: PreTrainedModel, form: str) -> None:
         raise RecipeError(f"rollout_weights: {form} is had on x86 CPUs alone; choose dense")
 
 
-def _versions(layer: nn.Module) -> list[int]:
-    """How often each of its tensors was written into."""
-    return [-1 if t.is_inference() else t._version for t in (*layer.parameters(), *layer.buffers())]
+def _versions(layer: nn.Module) -> list[tuple[int, int]]:
+    """Where each of its tensors lies, and how often it was written into."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
 
 
 def _dense_layers(network: PreTrainedModel) -> dict[str, nn.Module]:
