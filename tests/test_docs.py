@@ -63,7 +63,8 @@ def place(tmp_path: Path, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     pairs = [{"prompt": row["question"], "chosen": row["answer"], "rejected": "Who knows?"} for row in rows]
     verdicts = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(pairs)]
     prompts = [{"prompt": row["question"]} for row in rows]
-    for name, made in (("pairs", pairs), ("verdicts", verdicts), ("prompts", prompts)):
+    sums = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(12)]
+    for name, made in (("pairs", pairs), ("verdicts", verdicts), ("prompts", prompts), ("sums", sums)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     (tmp_path / "judge.py").write_text("def shorter(prompt, answer, row):\n    return -len(answer)\n")
     (tmp_path / "faq.csv").write_text("Frage;Antwort\nWas ist 1?;Eine Zahl.\nWas ist 2?;Auch eine.\n")
@@ -126,6 +127,6 @@ def test_a_command_ends_with_its_line_unless_a_backslash_says_so() -> None:
 
 
 def test_every_task_is_documented_with_commands() -> None:
-    tasks = {"alignment.md", "data.md", "memory.md", "merging.md", "training.md"}
+    tasks = {"alignment.md", "data.md", "memory.md", "merging.md", "rewards.md", "training.md"}
     assert tasks <= {path.name for path in documents("sh")}
     assert "python.md" in {path.name for path in documents("python")}
