@@ -4,9 +4,16 @@ import pytest
 
 from luthier.errors import RecipeError
 from luthier.recipe import ADAPTER_SETTINGS, SFT, STAGE_SETTINGS, LoRA, flags_of, parse_recipe, settings_from_flags
+from luthier.recipe.policy import OnPolicy
+from luthier.recipe.rewards import FunctionReward, NumericReward
+from luthier.recipe.sampling import RewardedSampling
+from luthier.recipe.settings import Settings
 from luthier.recipe.training import Training
 
 each_stage = pytest.mark.parametrize("settings", STAGE_SETTINGS.values())
+each_rewarded = pytest.mark.parametrize(
+    "settings", [RewardedSampling, *(kind for kind in STAGE_SETTINGS.values() if issubclass(kind, OnPolicy))]
+)
 FLAGS = {flag.name: flag for flag in flags_of(SFT)}
 
 
@@ -124,3 +131,47 @@ def test_all_bad_flags_are_said_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         settings_from_flags(SFT, {"--epochs": "0", "--seed": "x"})
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["--data", "--seed", "--epochs"]
+
+
+@each_rewarded
+@pytest.mark.parametrize(
+    ("flags", "reward"),
+    [
+        ({"--reward": ("numeric",)}, NumericReward()),
+        ({"--reward": ("numeric",), "--reward.column": "label"}, NumericReward(column="label")),
+        ({"--reward.type": "numeric"}, NumericReward()),
+        ({"--reward": ("a.py:score",)}, FunctionReward(function="a.py:score")),
+        ({"--reward": ("a.py:score",), "--reward.weight": "2"}, FunctionReward(function="a.py:score", weight=2)),
+        ({"--reward.function": "a.py:score"}, FunctionReward(function="a.py:score")),
+        ({"--reward": ("numeric", "a.py:score")}, (NumericReward(), FunctionReward(function="a.py:score"))),
+    ],
+)
+def test_a_reward_is_named_by_its_type_or_by_its_function(
+    settings: type[Settings], flags: dict[str, object], reward: object
+) -> None:
+    assert dict(settings_from_flags(settings, {"--data": "a", **flags}))["reward"] == reward
+
+
+@each_rewarded
+def test_the_words_of_a_flag_that_takes_functions_are_no_closed_list(settings: type[Settings]) -> None:
+    flags = {flag.name: flag for flag in flags_of(settings)}
+    assert flags["--reward"].choices == ()
+    assert flags["--reward"].multiple
+    assert "numeric" in flags["--reward.type"].choices
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"--reward": ("numeric", "exat")}, '--reward: [1].type: unknown type; did you mean "exact"?'),
+        ({"--reward": ("a.py:not a name",)}, '--reward.function: expected a function in a file, such as "judge.py:'),
+        (
+            {"--reward": ("numeric", "exact"), "--reward.column": "label"},
+            "--reward.column: --reward names several, and no flag can say of which this is; name one",
+        ),
+    ],
+)
+def test_a_bad_reward_is_answered_by_its_flag(flags: dict[str, object], complaint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        settings_from_flags(RewardedSampling, {"--data": "a", **flags})
+    assert str(caught.value).startswith(complaint)

@@ -2,15 +2,16 @@
 
 Every field is one flag: dashes for underscores, dots for what is nested (`--adapter.target-modules`), and help from the
 string under the field. Several values are the flag given several times; names with values are `name=value`, and
-the last `=` separates. `--adapter none` trains the model itself, `--adapter lora` or any `--adapter.r 8` an adapter.
+the last `=` separates. `--adapter none` trains the model itself, `--adapter lora` or any `--adapter.r 8` an adapter;
+`--reward numeric` is a reward by its type, `--reward rewards.py:score` one by its function.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from luthier.errors import RecipeError
@@ -73,9 +74,8 @@ def settings_from_flags(cls: type[S], values: Mapping[str, object]) -> S:
 def _flags(cls: type[Settings], path: tuple[str, ...]) -> Iterator[Flag]:
     for name, field in cls.model_fields.items():
         nested = _nested(field.annotation)
-        flag = _flag((*path, name), field)
-        if flag.choices or not nested:
-            yield flag
+        if _choices(field.annotation) or not nested:
+            yield _flag((*path, name), field)
         for member in nested:
             yield from _flags(member, (*path, name))
 
@@ -89,7 +89,7 @@ def _flag(path: tuple[str, ...], field: FieldInfo) -> Flag:
         help=" ".join((field.description or "").split()),
         required=field.is_required() and len(path) == 1,  # deeper, only where its type is chosen
         multiple=any(get_origin(kind) in (tuple, dict) for kind in branches(field.annotation)),
-        choices=_choices(field.annotation),
+        choices=() if _reads_functions(field) else _choices(field.annotation),
     )
 
 
@@ -124,6 +124,18 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return tuple(words)
 
 
+def _reads_functions(field: FieldInfo) -> bool:
+    """Whether the field's own reading takes a function in a file where it takes the words of types."""
+    for reading in field.metadata:
+        if isinstance(reading, BeforeValidator):
+            try:
+                cast(Callable[[object], object], reading.func)("file.py:function")
+            except Problems:
+                continue
+            return True
+    return False
+
+
 def _tree(flags: Mapping[str, Flag], values: Mapping[str, object]) -> dict[str, Any]:
     given = {name: value for name, value in values.items() if value is not None and value not in ((), [])}
     strange = [Problem((name,), _unknown(name, flags)) for name in given if name not in flags]
@@ -149,6 +161,9 @@ def _place(tree: dict[str, Any], path: tuple[str, ...], value: object) -> None:
         inner = tree.setdefault(step, {})
         if inner == "none":
             raise Problems([Problem(path, f"there is none by {_name(path[:depth])} none; leave one of the two out")])
+        if isinstance(inner, list):
+            message = f"{_name(path[:depth])} names several, and no flag can say of which this is; name one"
+            raise Problems([Problem(path, message)])
         if isinstance(inner, str):
             tree[step] = {"type": inner}
         tree = tree[step]
