@@ -64,7 +64,7 @@ class PackedLinear(nn.Module):
             dense: Tensor = self.dense(x)
             return dense
         product: Tensor = self.multiply(rows).to(x.dtype)
-        return product.view(*x.shape[:-1], self.out_features)
+        return product.view(*x.shape[:-1], product.shape[-1])  # merged new tokens make it longer than the layer says
 
 
 def _by_float16(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
