@@ -6,11 +6,13 @@ may be set otherwise. A rollout is `batch_size` times `minibatches` prompts, eac
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt, Le
 from pydantic import Field, model_validator
 
+from luthier.recipe.adapters import DyLoRA, LoRA
 from luthier.recipe.problems import Problem, Problems
 from luthier.recipe.rewards import RewardSettings
 from luthier.recipe.rollout_servers import RolloutServer
@@ -71,13 +73,15 @@ POLICY: dict[str, Row] = {
 # fmt: on
 
 
+class _OfRow(str):
+    """The name of the entry in a method's row that is a field's default."""
+
+    def __call__(self, fields: dict[str, Any]) -> Any:
+        return getattr(POLICY[fields["method"]], self)
+
+
 def _of_row(name: str) -> Any:
-    """A field whose default stands in the method's row."""
-
-    def default(fields: dict[str, Any]) -> Any:
-        return getattr(POLICY[fields["method"]], name)
-
-    return Field(default_factory=default)
+    return Field(default_factory=_OfRow(name))
 
 
 class OnPolicy(OnChats):
@@ -222,9 +226,16 @@ class OnPolicy(OnChats):
     eval_prompts: Count = 64
     """Held-out prompts that are answered at an evaluation, at most."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **further: Any) -> None:
+        row = POLICY[cls.model_fields["method"].default]
+        for field in cls.model_fields.values():  # the same as plain defaults, which help and signatures show
+            if isinstance(field.default_factory, _OfRow):
+                field.default, field.default_factory = getattr(row, field.default_factory), None
+
     @model_validator(mode="after")
     def _agree_on_policy(self) -> Self:
-        if found := [*_problems(self), *_part_problems(self)]:
+        if found := [*_problems(self), *_length_problems(self), *_part_problems(self)]:
             raise Problems(found)
         return self
 
@@ -352,6 +363,19 @@ def _problems(settings: OnPolicy) -> Iterator[Problem]:
         yield Problem(("scale",), f"{settings.scale} does not divide what {settings.baseline} leaves; choose whitened")
     if settings.baseline == "value" and not isinstance(settings, PPO):
         yield Problem(("baseline",), "a value head is PPO's; choose another, or the stage ppo")
+    if settings.baseline != "value" and isinstance(settings, PPO):
+        yield Problem(("baseline",), "PPO's is its value head; leave it out, or choose the stage reinforce_pp or grpo")
+    if settings.gamma < 1 and settings.baseline not in ("none", "value"):
+        yield Problem(("gamma",), f"baseline: {settings.baseline} looks at whole answers; set gamma: 1")
+    if settings.dual_clip and settings.dual_clip <= 1 + (settings.clip_high or inf):
+        yield Problem(("dual_clip",), "bounds ratios above 1 + clip_high; set clip_high, and dual_clip over that")
+
+
+def _length_problems(settings: OnPolicy) -> Iterator[Problem]:
+    if settings.max_new_tokens >= settings.max_length:
+        yield Problem(("max_new_tokens",), f"leaves no room for a prompt in max_length {settings.max_length}; raise it")
+    if settings.length_margin and settings.length_margin > settings.max_new_tokens:
+        yield Problem(("length_margin",), "begins before the answer; set max_new_tokens or less")
 
 
 def _part_problems(settings: OnPolicy) -> Iterator[Problem]:
@@ -362,10 +386,15 @@ def _part_problems(settings: OnPolicy) -> Iterator[Problem]:
         yield Problem(("target_kl",), "adapts a beta over 0 with kl_in: reward; set these")
     if settings.max_kl is not None and not settings.beta:
         yield Problem(("max_kl",), "the divergence is measured where it has a weight; set beta over 0")
+    if settings.max_kl is not None and not settings.eval_every:
+        yield Problem(("max_kl",), "goes back to the best checkpoint; give eval_data or eval_fraction to know it by")
     if settings.dynamic_sampling and settings.group_size < 2:
         yield Problem(("dynamic_sampling",), "one answer alone never differs; raise group_size")
     if settings.adapter is not None and settings.adapter.new_tokens:
         yield Problem(("adapter", "new_tokens"), "nothing has taught them yet; add them in an sft stage before this")
+    pushed = None if settings.server is None else settings.server.push
+    if pushed == "adapter" and not isinstance(settings.adapter, LoRA | DyLoRA):
+        yield Problem(("server", "push"), "takes adapters of type lora or dylora; train one, or set weights or none")
     own_trunk = isinstance(settings, PPO) and settings.value_trunk == "own"
     if own_trunk and (settings.adapter is None or settings.gradient_checkpointing):
         yield Problem(("value_trunk",), "own is a second adapter, with all activations kept; choose shared")
