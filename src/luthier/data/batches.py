@@ -21,7 +21,7 @@ from luthier.data.sequences import Item, TokenGroup, TokenSequence
 from luthier.errors import DataError
 from luthier.kernels.streams import Segments
 
-__all__ = ["Plan", "StepPlan", "TokenBatch", "collate", "cut", "pack"]
+__all__ = ["Plan", "StepPlan", "TokenBatch", "collate", "cut", "pack", "pieces"]
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,20 @@ def cut(items: Sequence[Item], micro_batch_tokens: int | None, *, packing: bool 
         return [collate(items)]
     bins = pack([len(item) for item in items], micro_batch_tokens)
     return [collate([items[i] for i in members]) for members in bins]
+
+
+def pieces(group: TokenGroup, most_tokens: int) -> Iterator[TokenGroup]:
+    """The group, or as many groups of its answers as it takes for none to be longer; each has the prompt anew.
+
+    For answers that no loss compares with each other.
+    """
+    members: list[TokenSequence] = []
+    for sequence in group.sequences:
+        if members and len(TokenGroup((*members, sequence))) > most_tokens:
+            yield TokenGroup(tuple(members))
+            members = []
+        members.append(sequence)
+    yield TokenGroup(tuple(members))
 
 
 class Plan(Protocol):

@@ -3,11 +3,14 @@
 It starts at zero, which expects nothing, stays in float32, and goes when the training is over: nobody is served by it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["add_value_head", "remove_value_head", "values_at"]
+__all__ = ["add_value_head", "remove_value_head", "values_at", "without_value_head"]
 
 _NAME = "value_head"
 
@@ -25,6 +28,18 @@ def remove_value_head(network: PreTrainedModel) -> None:
     """Takes it away, where there is one."""
     if _NAME in dict(network.named_children()):
         delattr(network, _NAME)
+
+
+@contextmanager
+def without_value_head(network: PreTrainedModel) -> Iterator[None]:
+    """The network without it for the time of the context, as it is saved for others."""
+    head = dict(network.named_children()).get(_NAME)
+    remove_value_head(network)
+    try:
+        yield
+    finally:
+        if head is not None:
+            network.add_module(_NAME, head)
 
 
 def values_at(network: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -122,9 +122,11 @@ def summed_up(usable: Sequence[ScoredAnswer], everything: Sequence[ScoredAnswer]
     return told
 
 
-def as_rows(everything: Sequence[ScoredAnswer], chosen: Sequence[ScoredAnswer]) -> list[dict[str, Any]]:
-    """For people to read: the prompt's last turn, the answer, its reward and its parts."""
-    learned = {id(one) for one in chosen}
+def as_rows(everything: Sequence[ScoredAnswer], taught: Sequence[ScoredAnswer]) -> list[dict[str, Any]]:
+    """For people to read: the prompt's last turn, the answer, its reward and its parts. taught: what was learned
+    from.
+    """
+    learned = {id(one) for one in taught}
     return [
         {
             "prompt": one.asked.prompt.messages[-1].content,
@@ -134,7 +136,7 @@ def as_rows(everything: Sequence[ScoredAnswer], chosen: Sequence[ScoredAnswer]) 
             "tokens": len(one.token_ids),
             "reward": one.score,
             "parts": {name: _value(value) for name, value in one.reward.parts.items()},
-            "learned_from": id(one) in learned and one.score is not None,
+            "learned_from": id(one) in learned,
         }
         for one in everything
     ]

@@ -1,22 +1,30 @@
 """A policy stage's own parts of a run: who samples answers, who gives rewards, and who warns of what goes wrong."""
 
 import logging
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from luthier.adapters.inject import DEFAULT_NAME
 from luthier.adapters.switch import adapter_names, delete_adapter
 from luthier.models.load import Model
+from luthier.models.merge import merge_into
 from luthier.models.packed import can_pack
-from luthier.models.values import remove_value_head
+from luthier.models.save import save
+from luthier.models.values import remove_value_head, without_value_head
 from luthier.pipeline.live import store_adapter
 from luthier.pipeline.policy import CRITIC
 from luthier.pipeline.prompts import PreparedPrompts
 from luthier.pipeline.rollouts import RolloutPlan
 from luthier.recipe.policy import OnPolicy
+from luthier.recipe.rewards import parts_of
+from luthier.recipe.rollout_servers import Push
 from luthier.rollout.engine import LocalEngine
+from luthier.rollout.pushing import check_updates
 from luthier.rollout.requests import Engine, Request, Sample, Sampling
 from luthier.rollout.rewards import Rewarder, rewarder_of
 from luthier.rollout.scoring import Failure
@@ -60,13 +68,15 @@ def remove_critic(network: PreTrainedModel) -> None:
 
 
 def _rewarder(settings: OnPolicy, model: Model) -> Rewarder:
-    parts = settings.reward if isinstance(settings.reward, tuple) else (settings.reward,)
-    return rewarder_of(parts, count_tokens=lambda text: len(model.tokenizer.encode(text, add_special_tokens=False)))
+    return rewarder_of(
+        parts_of(settings.reward), count_tokens=lambda text: len(model.tokenizer.encode(text, add_special_tokens=False))
+    )
 
 
 def _engine(settings: OnPolicy, model: Model, folder: Path) -> Engine:
     if settings.server is not None:
-        return _Pushed(server_engine(settings.server, model.tokenizer), model, folder / "pushed")
+        check_updates(settings.server)
+        return _Pushed(server_engine(settings.server, model.tokenizer), settings.server.push, model, folder / "pushed")
     weights = settings.rollout_weights
     if weights == "auto":
         weights = "fp16" if can_pack(model.network) else "dense"
@@ -78,18 +88,35 @@ class _Pushed:
     """A server that is sent the policy as it is each time before it is asked, where it can take it."""
 
     engine: ServerEngine
+    what: Push | None
     model: Model
     folder: Path
     version: int = field(default=0, init=False)
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Sample, ...] | Failure]:
-        """As the server's engine. Raises what pushing raises."""
-        if self.engine.pusher is not None:
+        """As the server's engine. Raises what storing and pushing raise."""
+        if self.what is not None:
             self.version += 1
             place = self.folder / f"version-{self.version}"
-            store_adapter(self.model, place)
+            _store(self.model, place, merged=self.what == "weights")
             self.engine.push(place, self.version)
+            for earlier in self.folder.glob("version-*"):
+                if earlier != place:
+                    shutil.rmtree(earlier)
         return self.engine.sample(requests, sampling)
+
+
+def _store(model: Model, place: Path, *, merged: bool) -> None:
+    """Writes the policy's adapter, or the whole policy."""
+    if not merged:
+        store_adapter(model, place)
+    elif DEFAULT_NAME not in adapter_names(model.network):
+        with without_value_head(model.network):
+            save(model, place)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            store_adapter(model, Path(folder))
+            merge_into(model.source, Path(folder), place, tokenizer=model.tokenizer)
 
 
 class Warner:
@@ -97,6 +124,7 @@ class Warner:
 
     def __init__(self, settings: OnPolicy) -> None:
         self.settings = settings
+        self.steps_per_rollout = settings.minibatches * settings.rollout_epochs
         self.told: set[str] = set()
         self.in_a_row = 0
 
@@ -112,7 +140,7 @@ class Warner:
                 "hardly tries anything new; raise temperature, entropy_weight or clip_high, or lower learning_rate"
             )
         correlation = metrics.get("rewards/length_correlation")
-        if correlation is None:
+        if correlation is None or metrics["step"] % self.steps_per_rollout:
             return
         self.in_a_row = self.in_a_row + 1 if abs(correlation) > self.settings.max_length_correlation else 0
         if self.in_a_row >= _ROLLOUTS_IN_A_ROW:

@@ -7,7 +7,7 @@ made of it.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,14 +15,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from luthier.data.batches import StepPlan, TokenBatch, cut
+from luthier.data.batches import StepPlan, TokenBatch, cut, pieces
 from luthier.data.prepare import Prepared
+from luthier.data.sequences import Item, sequences_of
 from luthier.models.load import Model, default_device, outline
 from luthier.pipeline.policy import COLUMNS
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
+from luthier.pipeline.prompts import answered
 from luthier.pipeline.reference import placeholders
 from luthier.pipeline.stages import STAGES
 from luthier.recipe import LoRA
+from luthier.recipe.policy import OnPolicy
 from luthier.recipe.preference import RewardModel, WithReference
 from luthier.recipe.training import Training
 from luthier.training.footprint import Footprint, step_footprint
@@ -167,9 +170,8 @@ class Planner:
         """What is held besides tensors while training."""
         if self.machine.device.type != "cpu":
             return int(HOLES_ON_GPU * (footprint.activations + footprint.gradients))
-        steps = StepPlan(self.prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
-        num_several = sum(sum(map(len, steps.step(i))) > tokens for i in range(steps.num_steps))
-        several = num_several / steps.num_steps if settings.packing else 0.0
+        steps = _steps(settings, self.prepared, tokens)
+        several = sum(sum(map(len, step)) > tokens for step in steps) / len(steps) if settings.packing else 0.0
         one, many = HOLES[settings.dtype].values()
         holes = one + several * (many - one)
         return int(BESIDE_BYTES[settings.dtype] + holes * footprint.activations)
@@ -202,10 +204,19 @@ def _reference_bytes(settings: Training) -> int:
 
 def largest_micro_batch(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> TokenBatch:
     """The one with the most tokens in the whole training."""
-    plan = StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
-    steps = (plan.step(i) for i in range(plan.num_steps))
+    steps = _steps(settings, prepared, micro_batch_tokens)
     batches = (b for step in steps for b in cut(step, micro_batch_tokens, packing=settings.packing))
     return max(batches, key=lambda batch: (batch.num_tokens, batch.count("tokens")))
+
+
+def _steps(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> Sequence[Sequence[Item]]:
+    """The items of every step; of a policy only those of the largest, which answers its longest prompts."""
+    if isinstance(settings, OnPolicy):
+        longest = sorted(sequences_of(prepared.train), key=len)[-settings.batch_size :]
+        groups = (answered(one, settings.group_size) for one in longest)
+        return [[piece for group in groups for piece in pieces(group, micro_batch_tokens)]]
+    plan = StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
+    return [plan.step(i) for i in range(plan.num_steps)]
 
 
 def _prepared(settings: Training, model_name: str) -> Prepared:

@@ -4,8 +4,10 @@ When memory is planned, answers do not exist yet, but none will be longer than `
 length takes the place of each prompt's.
 """
 
+import hashlib
+import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from luthier.data.audit import Audit
 from luthier.data.encoding import encode
 from luthier.data.examples import Example, Origin, Prompt
-from luthier.data.limits import limit
 from luthier.data.prepare import Counts, Prepared
 from luthier.data.reading import Reading, read_examples
-from luthier.data.sequences import Item, TokenSequence
+from luthier.data.sequences import Item, TokenGroup, TokenSequence
 from luthier.errors import DataError
 from luthier.recipe.policy import OnPolicy
 
-__all__ = ["Asked", "PreparedPrompts", "distinct", "prepare_prompts"]
+__all__ = ["Asked", "PreparedPrompts", "answered", "digest_of_prompts", "distinct", "prepare_prompts"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +46,7 @@ class PreparedPrompts(Prepared):
 
 
 def prepare_prompts(settings: OnPolicy, tokenizer: PreTrainedTokenizerBase, *, quarantine: Path) -> PreparedPrompts:
-    """Raises DataError for rows that do not fit, and where no prompt is left."""
+    """Raises DataError for rows that do not fit, and where no prompt is left to learn or to be evaluated on."""
     reading = _read(settings, settings.data, quarantine)
     chosen = _distinct_rows(_prompts_in(reading))
     if settings.eval_data is not None:
@@ -51,20 +54,45 @@ def prepare_prompts(settings: OnPolicy, tokenizer: PreTrainedTokenizerBase, *, q
         training = _distinct_rows(chosen, besides=[prompt for _, prompt in held_out])
     else:
         training, held_out = map(list, _split(chosen, settings))
+    if repeated := len(reading.examples) - len(training) - (0 if settings.eval_data else len(held_out)):
+        logger.info("%d rows repeat a prompt, or one that is held out, and are left out", repeated)
     asked, dropped = _encoded(training, settings, tokenizer)
-    evaluated, _ = _encoded(held_out, settings, tokenizer)
-    if not asked:
-        raise DataError(
-            f"{settings.data}: no prompt of {reading.num_rows} rows is left to learn on; raise max_length, which a "
-            "prompt and its answer have to fit in, or give other data"
-        )
+    evaluated, dropped_held_out = _encoded(held_out, settings, tokenizer)
+    for left, purpose in ((asked, "learn"), (evaluated, "be evaluated")):
+        if not left and (purpose == "learn" or settings.eval_every):
+            raise DataError(
+                f"{settings.data}: no prompt of {reading.num_rows} rows is left to {purpose} on; raise max_length, "
+                "which a prompt and max_new_tokens have to fit in, or give other data"
+            )
     train: list[Item] = [_stand_in(one, settings) for one in asked]
     tokens, trained = sum(map(len, train)), sum(item.num_trained for item in train)
     counts = Counts(
-        *(reading.num_rows, len(reading.bad), len(reading.examples), len(asked), len(held_out), dropped, 0),
-        *(tokens, trained),
+        *(reading.num_rows, len(reading.bad), len(reading.examples), len(asked), len(evaluated)),
+        *(dropped + dropped_held_out, 0, tokens, trained),
     )
     return PreparedPrompts(train, [], Audit((), len(train), tokens, trained), counts, asked, evaluated)
+
+
+def answered(stand_in: TokenSequence, count: int) -> TokenGroup:
+    """A prompt's stand-in as a group of so many answers, of which no two begin alike."""
+    first = int(stand_in.trained.argmax())
+    answers = []
+    for number in range(count):
+        ids = stand_in.token_ids.copy()
+        ids[first] = number
+        answers.append(replace(stand_in, token_ids=ids))
+    return TokenGroup(tuple(answers))
+
+
+def digest_of_prompts(prepared: PreparedPrompts) -> str:
+    """Of all that decides what is asked and what rewards may read of it: the prompts' tokens, words and rows."""
+    digest = hashlib.sha256()
+    for part in (prepared.prompts, prepared.held_out):
+        digest.update(f"{len(part)} prompts".encode())
+        for one in part:
+            digest.update(one.token_ids.tobytes())
+            digest.update(repr(one.prompt).encode())
+    return digest.hexdigest()
 
 
 def distinct(prompts: Sequence[Prompt], *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
@@ -120,13 +148,19 @@ def _encoded(rows: Rows, settings: OnPolicy, tokenizer: PreTrainedTokenizerBase)
     """The prompts that leave room for an answer, and how many do not. Raises DataError where on_long says so."""
     prompts = dict(rows)
     items = [item for origin, prompt in rows for item in encode(prompt, origin, tokenizer, train_on="last")]
-    limited = limit(items, settings.max_length - 1, settings.on_long)
-    kept = [item for item in limited.kept if isinstance(item, TokenSequence)]
-    return [Asked(prompts[item.origin], item.token_ids, item.origin) for item in kept], len(limited.dropped)
+    room = settings.max_length - settings.max_new_tokens
+    long = [item for item in items if len(item) > room]
+    if long and settings.on_long == "error":
+        raise DataError(
+            f"{long[0].origin}: a prompt of {len(long[0])} tokens leaves no room for max_new_tokens "
+            f"{settings.max_new_tokens} in max_length {settings.max_length}, as {len(long)} prompts do; raise "
+            "max_length or choose on_long: drop"
+        )
+    kept = [item for item in items if isinstance(item, TokenSequence) and len(item) <= room]
+    return [Asked(prompts[item.origin], item.token_ids, item.origin) for item in kept], len(long)
 
 
 def _stand_in(asked: Asked, settings: OnPolicy) -> TokenSequence:
     """The prompt with the longest answer."""
-    length = min(settings.max_new_tokens, settings.max_length - len(asked.token_ids))
-    ids = np.concatenate([asked.token_ids, np.zeros(length, dtype=np.int32)])
+    ids = np.concatenate([asked.token_ids, np.zeros(settings.max_new_tokens, dtype=np.int32)])
     return TokenSequence(ids, np.arange(len(ids)) >= len(asked.token_ids), asked.origin)

@@ -1,7 +1,7 @@
 """A rollout's files: what was sampled, how it was scored, and what is learned from it, each written once and whole.
 
-An interrupted rollout goes on from what is written. Answers with their rewards stay, for people to read; the rest goes
-once no checkpoint is left that would need it.
+An interrupted rollout goes on from what is written, if it is of the same run. Answers with their rewards stay, for
+people to read; the rest goes once no checkpoint is left that would need it.
 """
 
 import json
@@ -22,7 +22,9 @@ from luthier.files import replacing, write_whole
 from luthier.rollout.requests import Sample
 from luthier.rollout.scoring import Failure
 
-__all__ = ["RolloutFiles", "Sampled"]
+__all__ = ["RolloutFiles", "Sampled", "claim_rollouts"]
+
+_FOLDER = "rollouts"
 
 Sampled = tuple[Sample, ...] | Failure
 
@@ -38,7 +40,7 @@ class RolloutFiles:
     @classmethod
     def of(cls, stage: Path, number: int) -> "RolloutFiles":
         """Of the rollout of this number."""
-        return cls(stage / "rollouts" / f"{number:06d}")
+        return cls(stage / _FOLDER / f"{number:06d}")
 
     def samples(self, attempt: int) -> list[Sampled] | None:
         """What was sampled, None where it was not."""
@@ -82,13 +84,19 @@ class RolloutFiles:
         """Deletes what is needed for learning alone."""
         (self.folder / "batch.safetensors").unlink(missing_ok=True)
 
-    def forget(self) -> None:
-        """Deletes everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def claim_rollouts(stage: Path, fingerprint: str, *, anew: bool) -> None:
+    """Makes the stage's rollouts those of the run with this fingerprint; others are deleted, and with `anew` all."""
+    folder = stage / _FOLDER
+    owner = folder / "run.txt"
+    if anew or not owner.exists() or owner.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_whole(owner, fingerprint)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

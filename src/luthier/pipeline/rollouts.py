@@ -7,10 +7,11 @@ interrupted one did; what was sampled or scored already is read from the stage's
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.sequences import Item, TokenGroup, TokenSequence
+from luthier.data.batches import pieces
+from luthier.data.sequences import Item, TokenGroup
 from luthier.errors import TrainingError
 from luthier.models.load import Model
 from luthier.objectives.advantages import adapted_kl_weight, carries_signal, soft_length_penalty
@@ -100,7 +102,7 @@ class RolloutPlan:
         epoch, part = divmod(within, self.settings.minibatches)
         order = np.random.default_rng((self.settings.seed, number, epoch)).permutation(len(groups))
         chosen = (groups[i] for i in order[part :: self.settings.minibatches])
-        return [piece for group in chosen for piece in _pieces(group, self.micro_batch_tokens)]
+        return [piece for group in chosen for piece in pieces(group, self.micro_batch_tokens)]
 
     def told(self, index: int) -> dict[str, float]:
         """What is told of the step's rollout."""
@@ -113,7 +115,7 @@ class RolloutPlan:
         """
         asked = self.prepared.held_out[: self.settings.eval_prompts]
         sampling = sampling_of(self.settings, greedy=True)
-        found = self.engine.sample([Request(one.token_ids) for one in asked], sampling)
+        found = self._sampled([Request(one.token_ids) for one in asked], sampling)
         answers = self._scored(list(enumerate(asked)), found)
         told = summed_up(self._usable(answers), answers)
         return {"loss": -told["reward"], **told}
@@ -138,14 +140,19 @@ class RolloutPlan:
         first = number * self.prompts_per_rollout if before is None else int(before["next_prompt"])
         beta = self.settings.beta if before is None else float(before["next_beta"])
         everything, chosen, next_prompt = self._answers(files, first)
-        usable = self._usable(chosen)
+        told = summed_up(self._usable(everything), everything)
         seconds = time.perf_counter() - started
-        tensors, kl = self._known(usable, beta)
-        told = summed_up(usable, everything) | {"rollout/seconds": seconds}
-        told |= {"rollout/tokens_per_second": sum(len(one.token_ids) for one in everything) / seconds}
+        told |= {
+            "rollout/failed": 1 - len({one.group for one in everything}) / (next_prompt - first),
+            "rollout/seconds": seconds,
+            "rollout/tokens_per_second": sum(len(one.token_ids) for one in everything) / seconds,
+        }
         told |= {"rollout/beta": beta} if self.settings.target_kl is not None else {}
+        usable = [one for one in chosen if one.score is not None]
+        trained = trained_on(usable, mask_truncated=self.settings.mask_truncated)
+        tensors, kl = self._known(usable, trained, beta)
         numbers = {"told": told, "next_prompt": next_prompt, "next_beta": self._next_beta(beta, kl, len(usable))}
-        files.keep_answers(as_rows(everything, chosen))
+        files.keep_answers(as_rows(everything, list(compress(usable, trained))))
         files.keep_batch(tensors, numbers)
         return tensors, numbers
 
@@ -166,7 +173,7 @@ class RolloutPlan:
             wanted = self.prompts_per_rollout - num_groups
             numbered = [(next_prompt + i, self._prompt(next_prompt + i)) for i in range(wanted)]
             next_prompt += wanted
-            scored = self._scored(numbered, self._sampled(files, attempt, numbered))
+            scored = self._scored(numbered, self._kept_or_sampled(files, attempt, numbered))
             everything += scored
             chosen += _with_signal(scored) if self.settings.dynamic_sampling else scored
             num_groups = len({one.group for one in chosen})
@@ -182,19 +189,29 @@ class RolloutPlan:
         prompts = self.prepared.prompts
         return prompts[_shuffled(len(prompts), self.settings.seed, epoch)[within]]
 
-    def _sampled(self, files: RolloutFiles, attempt: int, numbered: Sequence[tuple[int, Asked]]) -> list[Sampled]:
+    def _kept_or_sampled(
+        self, files: RolloutFiles, attempt: int, numbered: Sequence[tuple[int, Asked]]
+    ) -> list[Sampled]:
         found = files.samples(attempt)
         if found is None:
             count = self.settings.group_size
             requests = [Request(asked.token_ids, count, place) for place, asked in numbered]
-            found = self.engine.sample(requests, sampling_of(self.settings))
-            failed = [one for one in found if isinstance(one, Failure)]
-            if len(failed) == len(found):
-                raise TrainingError(
-                    f"no prompt was answered ({failed[0].reason}: {failed[0].detail}); see to it and run the same "
-                    "command again, which goes on from the last checkpoint"
-                )
+            found = self._sampled(requests, sampling_of(self.settings))
             files.keep_samples(attempt, found)
+        return found
+
+    def _sampled(self, requests: Sequence[Request], sampling: Sampling) -> list[Sampled]:
+        """The engine's answers; why prompts have none is told. Raises TrainingError where none has any."""
+        found: list[Sampled] = [*self.engine.sample(requests, sampling)]
+        failed = [one for one in found if isinstance(one, Failure)]
+        why = ", ".join(f"{reason} {count}" for reason, count in Counter(one.reason for one in failed).most_common())
+        if len(failed) == len(found):
+            raise TrainingError(
+                f"no prompt was answered ({why}; {failed[0].detail}); see to it and run the same command again, which "
+                "goes on from the last checkpoint"
+            )
+        if failed:
+            logger.warning("%d of %d prompts have no answers: %s", len(failed), len(found), why)
         return found
 
     def _scored(self, numbered: Sequence[tuple[int, Asked]], found: Sequence[Sampled]) -> list[ScoredAnswer]:
@@ -234,9 +251,10 @@ class RolloutPlan:
             logger.warning("%d of %d answers have no reward: %s", len(answers) - len(usable), len(answers), why)
         return usable
 
-    def _known(self, usable: Sequence[ScoredAnswer], beta: float) -> tuple[dict[str, Tensor], float | None]:
+    def _known(
+        self, usable: Sequence[ScoredAnswer], trained: Sequence[bool], beta: float
+    ) -> tuple[dict[str, Tensor], float | None]:
         """Everything that learning needs of the answers, and the mean divergence of one, in nats."""
-        trained = trained_on(usable, mask_truncated=self.settings.mask_truncated)
         tensors = stored(usable, trained)
         groups = groups_of(tensors)
         known = known_of(self.model.network, groups, self.settings, micro_batch_tokens=self.micro_batch_tokens)
@@ -246,17 +264,6 @@ class RolloutPlan:
         columns = known | advantages(self.settings, scored, beta=beta)
         mean_kl = None if kl is None else float(kl.sum()) / len(usable)
         return tensors | {f"column/{name}": column for name, column in columns.items()}, mean_kl
-
-
-def _pieces(group: TokenGroup, most_tokens: int) -> Iterator[TokenGroup]:
-    """The group, or as many groups of its answers as it takes for none to be longer; each has the prompt anew."""
-    members: list[TokenSequence] = []
-    for sequence in group.sequences:
-        if members and len(TokenGroup((*members, sequence))) > most_tokens:
-            yield TokenGroup(tuple(members))
-            members = []
-        members.append(sequence)
-    yield TokenGroup(tuple(members))
 
 
 def sampling_of(settings: OnPolicy, *, greedy: bool = False) -> Sampling:

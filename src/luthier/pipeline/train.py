@@ -26,12 +26,14 @@ from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.live import store_adapter
+from luthier.pipeline.manifest import reward_hashes
 from luthier.pipeline.on_policy import on_rollouts, remove_critic
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.policy import COLUMNS
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
-from luthier.pipeline.prompts import PreparedPrompts
+from luthier.pipeline.prompts import PreparedPrompts, digest_of_prompts
 from luthier.pipeline.reference import placeholders, referred
+from luthier.pipeline.rollout_files import claim_rollouts
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
@@ -86,19 +88,21 @@ def train(
         logger.info("%s", line)
     tokens = _micro_batch_tokens(word, settings, model, prepared, folder)
     adapters = prepare_network(settings, model)
-    if to_be_merged:
-        refuse_unmergeable(adapters)
-    if isinstance(settings, WithReference) and settings.cache_reference:
-        prepared = _with_reference(settings, model, prepared, folder, tokens)
-    run = make_run(
-        word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters, micro_batch_tokens=tokens
-    )
-    run.objective = objective or run.objective
-    _resume_or_rehearse(run, prepared)
-    started = time.perf_counter()
-    fit(run)
-    run.state.precision.close()
-    remove_critic(model.network)
+    try:
+        if to_be_merged:
+            refuse_unmergeable(adapters)
+        if isinstance(settings, WithReference) and settings.cache_reference:
+            prepared = _with_reference(settings, model, prepared, folder, tokens)
+        run = make_run(
+            word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters, micro_batch_tokens=tokens
+        )
+        run.objective = objective or run.objective
+        _resume_or_rehearse(run, prepared)
+        started = time.perf_counter()
+        fit(run)
+        run.state.precision.close()
+    finally:
+        remove_critic(model.network)
     release_freed_memory()
     if settings.adapter is not None:
         store_adapter(model, folder / "adapter")
@@ -146,6 +150,8 @@ def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
     hashed_below = {"model", "data", "eval_data"}
     digest = hashlib.sha256(settings.model_dump_json(exclude={*FREE_SETTINGS, *hashed_below}).encode())
     digest.update(weights_hash(model.source.folder).encode())
+    if isinstance(prepared, PreparedPrompts):
+        digest.update(f"{digest_of_prompts(prepared)} {list(reward_hashes(settings).values())}".encode())
     for part in (prepared.train, prepared.evaluation):
         digest.update(f"{len(part)} sequences".encode())
         for item in part:
@@ -192,6 +198,8 @@ def _resume_or_rehearse(run: Run, prepared: Prepared) -> None:
     if not run.settings.resume:
         run.checkpoints.clear()
     found = run.checkpoints.latest()
+    if isinstance(prepared, PreparedPrompts):
+        claim_rollouts(run.checkpoints.folder.parent, run.checkpoints.fingerprint, anew=not run.settings.resume)
     if found is not None:
         run.checkpoints.load(found, run.state)
         logger.info("going on from %s", found)

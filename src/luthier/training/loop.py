@@ -145,7 +145,7 @@ def step_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], obje
 
 def _add_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, Tensor]:
     """`step_gradients` with its numbers still on the device."""
-    totals: dict[str, Tensor] = {}
+    totals = {"loss": torch.zeros((), device=next(network.parameters()).device)}  # of a step that teaches nothing
     for batch in micro_batches:
         if not batch.count("tokens"):
             continue
