@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from luthier.pipeline.python import Batches, batches, fit, save
     from luthier.pipeline.python_adapters import add_adapter, load_adapter, print_trainable_parameters, save_adapter
     from luthier.pipeline.run import run_recipe
+    from luthier.pipeline.sample import sample
     from luthier.pipeline.train import Summary
     from luthier.recipe import Recipe, load_recipe
     from luthier.recipe.adapters import (
@@ -89,6 +90,7 @@ __all__ = [
     "print_trainable_parameters",
     "rewards",
     "run_recipe",
+    "sample",
     "save",
     "save_adapter",
     "score",
@@ -140,6 +142,7 @@ _HOMES = {
     "print_trainable_parameters": "luthier.pipeline.python_adapters",
     "rewards": "luthier.models.rewards",
     "run_recipe": "luthier.pipeline.run",
+    "sample": "luthier.pipeline.sample",
     "save": "luthier.pipeline.python",
     "save_adapter": "luthier.pipeline.python_adapters",
     "score": "luthier.models.score",

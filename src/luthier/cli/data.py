@@ -1,4 +1,4 @@
-"""`luthier data`: what the files hold, row by row and in sum, before a run spends hours on it."""
+"""`luthier data`: what the files hold, row by row and in sum, before a run spends hours on it; and files made anew."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
+from luthier.cli.sample import command as sample
 from luthier.data.audit import audit
 from luthier.data.encoding import encode
 from luthier.data.masks import TrainOn
@@ -31,8 +32,8 @@ _TRAIN_ON = click.option(
 
 def command(word: str) -> click.Command:
     """The group `data`."""
-    group = click.Group(word, no_args_is_help=False, help="Look at data before training on it.")
-    for subcommand in (preview, validate, convert, stats):
+    group = click.Group(word, no_args_is_help=False, help="Look at data before training on it, or make it.")
+    for subcommand in (preview, validate, convert, stats, sample("sample")):
         group.add_command(subcommand)
     return group
 
