@@ -43,7 +43,7 @@ def without_value_head(network: PreTrainedModel) -> Iterator[None]:
 
 
 def values_at(network: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """hidden: [targets, hidden]. Returns [targets] float32, in units of the reward."""
+    """hidden: [targets, hidden]. Returns [targets] in the head's type, in units of the reward."""
     head: nn.Module = network.get_submodule(_NAME)
-    values: Tensor = head(hidden.float())
+    values: Tensor = head(hidden.to(next(head.parameters()).dtype))
     return values.squeeze(-1)
