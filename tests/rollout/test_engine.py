@@ -2,82 +2,37 @@
 
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
-from luthier.adapters.inject import adapter_parameters, inject
-from luthier.adapters.new_tokens import numbered, with_tokens
 from luthier.data.batches import collate
 from luthier.data.examples import Origin
 from luthier.data.sequences import TokenSequence
 from luthier.errors import ModelError, NetworkError, RecipeError
 from luthier.kernels.decoding import Decoding
-from luthier.models.attention import ATTENTION, register_attention, supports_ragged
 from luthier.models.decode import can_decode
 from luthier.models.load import Model, load
 from luthier.models.score import score
-from luthier.models.sources import ResolvedSource, resolve
-from luthier.recipe.adapters import AnyAdapter, Bottleneck, DoRA, LoRA, Prefix
+from luthier.models.sources import resolve
 from luthier.rollout.engine import LocalEngine
 from luthier.rollout.requests import Request, Sample, Sampling
 from luthier.rollout.scoring import Failure
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LAYERS = ["sliding_attention", "full_attention"]
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen3": {"tie_word_embeddings": True},
-    "gemma3_text": {"sliding_window": 4, "layer_types": LAYERS, "query_pre_attn_scalar": 16},
-    "mistral": {"sliding_window": 4},
-    "gpt_neox": {},
-    "gemma2": {"sliding_window": 4, "layer_types": LAYERS, "query_pre_attn_scalar": 16},  # run by transformers
-}
+Factory = Callable[..., Model]
+
+ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "mistral", "gpt_neox", "gemma2")  # transformers runs the last
 ALL = pytest.mark.parametrize("architecture", ARCHITECTURES)
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 LENGTHS = (5, 1, 17, 9, 40)
 END = 257  # <|im_end|>
 DRAWN = Sampling(max_new_tokens=12, temperature=1.0)
-
-
-@cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Of bytes."""
-    backend = Tokenizer(
-        models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
-    )
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=TEMPLATE)
-
-
-def tiny(architecture: str = "llama", **settings: Any) -> Model:
-    """Two layers of random weights, so large that answers differ by prompt; some of them end by themselves."""
-    register_attention()
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = AutoConfig.for_model(architecture, **(ends | sizes | heads | ARCHITECTURES[architecture] | settings))
-    network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in network.named_parameters():
-        scale = 0.05 if name.endswith("bias") else 0.5 if "norm" in name else 0.25
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    network.get_output_embeddings().weight[END] *= 3
-    network.set_attn_implementation(ATTENTION if supports_ragged(config) else "eager")
-    return Model(network, tokenizer(), ResolvedSource("tiny", "folder", Path()))
 
 
 def requests(lengths: tuple[int, ...] = LENGTHS, *, counts: tuple[int, ...] | int = 1, seed: int = 0) -> list[Request]:
@@ -102,8 +57,7 @@ def ids(samples: list[Sample]) -> list[list[int]]:
 def generated(model: Model, request: Request, **given: Any) -> list[int]:
     """By transformers' own generation, from one prompt, with its own attention."""
     ours = model.network.config._attn_implementation
-    if not any("Prefix" in type(module).__name__ for module in model.network.modules()):
-        model.network.set_attn_implementation("eager")
+    model.network.set_attn_implementation("eager")
     prompt = torch.from_numpy(request.prompt_ids.astype(np.int64))[None]
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": END, "eos_token_id": END} | given
     answer = model.network.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
@@ -120,7 +74,7 @@ def logits_of(model: Model, request: Request, sample: Sample) -> torch.Tensor:
     return logits
 
 
-def test_which_of_these_networks_are_decoded() -> None:
+def test_which_of_these_networks_are_decoded(tiny: Factory) -> None:
     assert {name for name in ARCHITECTURES if not can_decode(tiny(name).network)} == {"gemma2"}
 
 
@@ -128,7 +82,9 @@ def test_which_of_these_networks_are_decoded() -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"repetition_penalty": 1.4}, {"max_new_tokens": 1}], ids=["plain", "penalty", "one"]
 )
-def test_greedy_answers_are_transformers_own_token_for_token(architecture: str, settings: dict[str, Any]) -> None:
+def test_greedy_answers_are_transformers_own_token_for_token(
+    tiny: Factory, architecture: str, settings: dict[str, Any]
+) -> None:
     model, asked = tiny(architecture), requests()
     expected = [generated(model, request, **settings) for request in asked]
     samples = sampled(model, asked, Sampling(**({"max_new_tokens": 12} | settings)))
@@ -138,7 +94,7 @@ def test_greedy_answers_are_transformers_own_token_for_token(architecture: str, 
 
 
 @BOTH
-def test_answers_that_end_at_different_times_are_whole(architecture: str) -> None:
+def test_answers_that_end_at_different_times_are_whole(tiny: Factory, architecture: str) -> None:
     """Two at a time, so that others take the places of those that end; the text is without what ended it."""
     model, asked = tiny(architecture), requests(tuple(range(1, 13)))
     expected = [generated(model, request, max_new_tokens=20) for request in asked]
@@ -152,7 +108,7 @@ def test_answers_that_end_at_different_times_are_whole(architecture: str) -> Non
 
 
 @BOTH
-def test_a_text_ends_an_answer_and_stands_in_it(architecture: str) -> None:
+def test_a_text_ends_an_answer_and_stands_in_it(tiny: Factory, architecture: str) -> None:
     """Two letters that one answer says one after the other, a letter of another, and what none says."""
     model, asked = tiny(architecture), requests(tuple(range(1, 25)))
     free = [model.tokenizer.decode(generated(model, request)) for request in asked]
@@ -170,7 +126,7 @@ def test_a_text_ends_an_answer_and_stands_in_it(architecture: str) -> None:
 
 
 @BOTH
-def test_answers_of_a_group_that_end_by_a_text_have_no_token_behind_it(architecture: str) -> None:
+def test_answers_of_a_group_that_end_by_a_text_have_no_token_behind_it(tiny: Factory, architecture: str) -> None:
     """While others of the group go on. The letter is the one that most of 16 answers say."""
     model, asked = tiny(architecture), requests((5,), counts=16)
     free = sampled(model, asked, DRAWN)
@@ -187,7 +143,9 @@ def test_answers_of_a_group_that_end_by_a_text_have_no_token_behind_it(architect
 
 @ALL
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-def test_log_probabilities_are_those_of_score_and_of_plain_logits(architecture: str, temperature: float) -> None:
+def test_log_probabilities_are_those_of_score_and_of_plain_logits(
+    tiny: Factory, architecture: str, temperature: float
+) -> None:
     """To 1e-4, for answers of many lengths in groups of 3. score() is at temperature 1."""
     model, asked = tiny(architecture), requests(counts=3)
     sampling = Sampling(max_new_tokens=12, temperature=temperature, top_p=0.95)
@@ -212,10 +170,10 @@ def scored(model: Model, owners: list[Request], samples: list[Sample]) -> np.nda
 
 
 @ALL
-def test_answers_do_not_depend_on_what_joins_and_leaves_the_batch(architecture: str) -> None:
+def test_answers_do_not_depend_on_what_joins_and_leaves_the_batch(tiny: Factory, architecture: str) -> None:
     """Groups of 0 to 5 answers, 1, 2, 3 or all at a time, whole or each request by itself: the same tokens."""
     model, asked = tiny(architecture), requests((5, 1, 17, 9, 40, 3), counts=(5, 1, 0, 2, 3, 4))
-    sampling = Sampling(max_new_tokens=12, temperature=0.9, min_p=0.01)
+    sampling = Sampling(max_new_tokens=8, temperature=0.9, min_p=0.01)
     expected = [sample for request in asked for sample in sampled(model, [request], sampling)]
     assert len(expected) == 15
     assert len({len(sample.token_ids) for sample in expected}) > 1
@@ -228,7 +186,7 @@ def test_answers_do_not_depend_on_what_joins_and_leaves_the_batch(architecture: 
 
 
 @BOTH
-def test_draws_belong_to_seed_and_place_and_touch_no_other_randomness(architecture: str) -> None:
+def test_draws_belong_to_seed_and_place_and_touch_no_other_randomness(tiny: Factory, architecture: str) -> None:
     model, state = tiny(architecture), torch.get_rng_state()
     few, many = (sampled(model, requests((9,), counts=count), DRAWN) for count in (2, 6))
     assert ids(few) == ids(many)[:2]
@@ -242,109 +200,13 @@ def test_draws_belong_to_seed_and_place_and_touch_no_other_randomness(architectu
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_short_answer_begins_as_a_longer_one() -> None:
+def test_a_short_answer_begins_as_a_longer_one(tiny: Factory) -> None:
     model = tiny()
     short, long = (sampled(model, requests(), Sampling(n, 1.0)) for n in (4, 12))
     assert ids(short) == [one[:4] for one in ids(long)]
 
 
-def adapted(settings: AnyAdapter | None, architecture: str = "llama", **given: Any) -> Model:
-    """With an adapter as if trained."""
-    model = tiny(architecture, **given)
-    if settings is not None:
-        model.tokenizer = with_tokens(model.tokenizer, settings.new_tokens)
-        inject(model.network, numbered(settings, model.network, model.tokenizer), seed=0)
-        for i, parameter in enumerate(adapter_parameters(model.network).values()):
-            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
-    return model
-
-
-ADAPTERS = {
-    "lora": LoRA(r=4),
-    "dora": DoRA(r=4),
-    "modules_to_save": LoRA(r=4, modules_to_save=("lm_head",)),
-    "bottleneck": Bottleneck(size=4),
-    "prefix": Prefix(num_virtual_tokens=3),
-    "new_tokens": LoRA(r=4, new_tokens=("<think>", "</think>")),
-}
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.parametrize("weights", ["dense", "fp16"])
-def test_the_adapted_model_answers_and_stays_as_it_was(name: str, weights: str) -> None:
-    """Greedy, as transformers generates from it; float16's 11 bits change no choice here."""
-    model, asked = adapted(ADAPTERS[name]), requests()
-    expected, before = [generated(model, request) for request in asked], anatomy(model.network)
-    assert expected != [generated(tiny(), request) for request in asked]
-    assert ids(sampled(model, asked, Sampling(max_new_tokens=12), weights=weights)) == expected
-    assert anatomy(model.network) == before
-
-
-@pytest.mark.parametrize("name", ["lora", "dora"])
-def test_int8_answers_with_log_probabilities_of_what_it_computes(name: str) -> None:
-    """Near the model's own, and not equal: within a tenth of a nat, half a step of 127 over two small layers."""
-    model, asked = adapted(ADAPTERS[name]), requests(counts=4)
-    samples = sampled(model, asked, DRAWN, weights="int8")
-    owners = [request for request in asked for _ in range(4)]
-    found, own = np.concatenate([sample.logprobs for sample in samples]), scored(model, owners, samples)
-    assert 1e-4 < np.abs(found - own).max() < 0.3
-    assert np.abs(found - own).mean() < 0.05
-
-
-def anatomy(network: PreTrainedModel) -> list[tuple[Any, ...]]:
-    """Every module and tensor by name and by what it is, with its values and mode."""
-    found: list[tuple[Any, ...]] = [(n, id(m), m.training) for n, m in network.named_modules(remove_duplicate=False)]
-    for name, tensor in (*network.named_parameters(remove_duplicate=False), *network.named_buffers()):
-        found.append((name, id(tensor), tensor.requires_grad, tensor.is_inference(), tensor.detach().numpy().tobytes()))
-    return [*found, id(network.generation_config), network.config.to_json_string()]
-
-
-@pytest.mark.parametrize("weights", ["dense", "fp16", "int8"])
-@pytest.mark.parametrize("name", [None, "lora", "dora", "bottleneck"])
-def test_a_fault_in_the_middle_leaves_the_model_as_it_was(name: str | None, weights: str) -> None:
-    """A network in training mode whose norm fails at the fourth call, in the middle of answers."""
-    model = adapted(None if name is None else ADAPTERS[name])
-    model.network.train()
-    before, calls = anatomy(model.network), []
-
-    def failing(*_: object) -> None:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyError("in the middle")
-
-    hook = model.network.model.norm.register_forward_hook(failing)
-    with pytest.raises(KeyError, match="in the middle"):
-        sampled(model, requests(), Sampling(max_new_tokens=12), weights=weights)
-    hook.remove()
-    assert anatomy(model.network) == before
-
-
-@pytest.mark.parametrize("weights", ["dense", "fp16"])
-@pytest.mark.parametrize("name", ["lora", "dora"])
-def test_training_goes_on_as_if_nothing_had_been_sampled(name: str, weights: str) -> None:
-    """The gradients of the next step, bit for bit: no tensor of inference mode, no cached number is left behind."""
-    gradients = []
-    for first in (False, True):
-        model = adapted(ADAPTERS[name])
-        model.network.train()
-        if first:
-            sampled(model, requests(), DRAWN, weights=weights)
-        prompt = torch.arange(1, 30)[None]
-        model.network(prompt, labels=prompt, use_cache=False).loss.backward()
-        gradients.append([p.grad for p in adapter_parameters(model.network).values()])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-
-
-def test_new_tokens_are_sampled() -> None:
-    """Rows that an adapter adds behind the vocabulary, with the text that they were added for."""
-    model, words = adapted(ADAPTERS["new_tokens"]), {258: "<think>", 259: "</think>"}
-    samples = sampled(model, requests(counts=6), Sampling(max_new_tokens=20, temperature=2.0))
-    saying = [(words[token], sample.text) for sample in samples for token in sample.token_ids if token in words]
-    assert saying
-    assert all(word in text for word, text in saying)
-
-
-def test_prompts_without_room_fail_alone() -> None:
+def test_prompts_without_room_fail_alone(tiny: Factory) -> None:
     """A context of 20 tokens, and prompts of 17, 19, 20 and 25, and one that is empty, beside one that has room."""
     model = tiny(max_position_embeddings=20)
     asked = [*requests((17, 19, 20, 25, 2)), Request(np.zeros(0, dtype=np.int32))]
@@ -361,7 +223,19 @@ def test_prompts_without_room_fail_alone() -> None:
 
 
 @BOTH
-def test_nothing_asked_is_nothing_answered(architecture: str) -> None:
+def test_what_a_models_own_generation_settings_say_changes_nothing(tiny: Factory, architecture: str) -> None:
+    """Hubs' models come with penalties, temperatures and ends of their own."""
+    model, asked = tiny(architecture), requests()
+    expected = ids(sampled(model, asked, Sampling(max_new_tokens=12)))
+    said = max(expected, key=len)[1]
+    own = GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, eos_token_id=said, min_new_tokens=11)
+    model.network.generation_config = own
+    assert ids(sampled(model, asked, Sampling(max_new_tokens=12))) == expected
+    assert model.network.generation_config is own
+
+
+@BOTH
+def test_nothing_asked_is_nothing_answered(tiny: Factory, architecture: str) -> None:
     engine = LocalEngine(tiny(architecture))
     assert engine.sample([], DRAWN) == []
     assert engine.sample(requests(counts=0), DRAWN) == [()] * len(LENGTHS)
@@ -382,19 +256,19 @@ def test_nothing_asked_is_nothing_answered(architecture: str) -> None:
     ],
     ids=str,
 )
-def test_a_sampling_that_leaves_nothing_is_refused(wrong: dict[str, Any]) -> None:
+def test_a_sampling_that_leaves_nothing_is_refused(tiny: Factory, wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=f"^{next(iter(wrong))}: .* leaves nothing to sample"):
         LocalEngine(tiny()).sample(requests(), Sampling(**wrong))
 
 
-def test_no_answers_at_once_are_refused() -> None:
+def test_no_answers_at_once_are_refused(tiny: Factory) -> None:
     with pytest.raises(RecipeError, match="max_rows: 0 answers at once are none"):
         LocalEngine(tiny(), max_rows=0)
 
 
 @BOTH
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_numbers_are_an_error(architecture: str, temperature: float) -> None:
+def test_logits_that_are_not_numbers_are_an_error(tiny: Factory, architecture: str, temperature: float) -> None:
     model = tiny(architecture)
     model.network.model.norm.weight[3] = torch.nan
     with pytest.raises(ModelError, match="logits are not numbers"):
@@ -420,7 +294,7 @@ def watched(model: Model) -> Iterator[list[dict[str, Any]]]:
     hook.remove()
 
 
-def test_memory_grows_with_the_group_by_the_answers_own_keys_alone() -> None:
+def test_memory_grows_with_the_group_by_the_answers_own_keys_alone(tiny: Factory) -> None:
     """Two layers of keys and values, two heads of eight numbers of four bytes: 256 bytes a token."""
     model, most = {}, 12
     for count in (1, 2, 8):
@@ -433,7 +307,7 @@ def test_memory_grows_with_the_group_by_the_answers_own_keys_alone() -> None:
     assert model == {count: count * most * 256 for count in model}
 
 
-def test_a_prompts_keys_are_let_go_when_its_last_answer_ends() -> None:
+def test_a_prompts_keys_are_let_go_when_its_last_answer_ends(tiny: Factory) -> None:
     """One prompt after the other, two rows at a time: never more than three of eight prompts are there."""
     model, asked = tiny(), requests((30,) * 8, counts=2)
     with watched(model) as seen:
@@ -444,7 +318,7 @@ def test_a_prompts_keys_are_let_go_when_its_last_answer_ends() -> None:
     assert not any(prompt() is not None for step in seen for prompt in step["held"])
 
 
-def test_bfloat16_answers_are_near_score() -> None:
+def test_bfloat16_answers_are_near_score(tiny: Factory) -> None:
     """8 bits of mantissa over two layers: log-probabilities to a twentieth of a nat at the mean."""
     model, asked = tiny(), requests(counts=4)
     model.network.bfloat16()
@@ -458,25 +332,28 @@ def test_bfloat16_answers_are_near_score() -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Model:
+def smollm2() -> tuple[Model, list[Request], list[list[int]]]:
+    """The real model, two prompts, and what transformers generates from them; one answer ends by itself."""
     try:
         resolve("smollm2-135m")
     except NetworkError as error:
         pytest.skip(str(error))
-    return load("smollm2-135m")
+    model = load("smollm2-135m")
+    question = "<|im_start|>user\nSay the word yes.<|im_end|>\n<|im_start|>assistant\n"
+    asked = [
+        Request(np.array(model.tokenizer.encode(t), dtype=np.int32)) for t in (question, "The capital of France is")
+    ]
+    end = model.tokenizer.eos_token_id
+    return model, asked, [generated(model, one, max_new_tokens=6, eos_token_id=end) for one in asked]
 
 
 @pytest.mark.parametrize("weights", ["dense", "fp16"])
-def test_smollm2_answers_as_transformers_generates(smollm2: Model, weights: str) -> None:
-    """The real model, greedy; with a prompt that stops early."""
-    texts = [
-        "<|im_start|>user\nWhat is 2+2? Say the number alone.<|im_end|>\n<|im_start|>assistant\n",
-        "The capital of France is",
-    ]
-    asked = [Request(np.array(smollm2.tokenizer.encode(text), dtype=np.int32)) for text in texts]
-    end = smollm2.tokenizer.eos_token_id
-    expected = [generated(smollm2, request, max_new_tokens=8, eos_token_id=end) for request in asked]
-    samples = sampled(smollm2, asked, Sampling(max_new_tokens=8), weights=weights)
+def test_smollm2_answers_as_transformers_generates(
+    smollm2: tuple[Model, list[Request], list[list[int]]], weights: str
+) -> None:
+    """float16's 11 bits move no log-probability by more than a fiftieth of a nat."""
+    model, asked, expected = smollm2
+    samples = sampled(model, asked, Sampling(max_new_tokens=6), weights=weights)
     assert ids(samples) == expected
-    found, own = np.concatenate([s.logprobs for s in samples]), scored(smollm2, asked, samples)
-    np.testing.assert_allclose(found, own, rtol=0, atol=1e-4 if weights == "dense" else 0.02)
+    found = np.concatenate([sample.logprobs for sample in samples])
+    np.testing.assert_allclose(found, scored(model, asked, samples), rtol=0, atol=1e-4 if weights == "dense" else 0.02)

@@ -5,44 +5,29 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from luthier.errors import ModelError
 from luthier.rollout.requests import Request, Sample, Sampling
 from luthier.rollout.rows import Row, Writer, group_of
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 END, SIZE = 257, 258
 PROMPT = np.array([5, 6, 6], dtype=np.int32)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Of bytes."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=TEMPLATE)
-
-
-def said(tokenizer: PreTrainedTokenizerFast, text: str, sampling: Sampling) -> Sample:
+def said(byte_tokenizer: PreTrainedTokenizerFast, text: str, sampling: Sampling) -> Sample:
     """The answer of who wants to say this text, and then nothing but its end."""
-    writer = Writer(tokenizer, sampling)
+    writer = Writer(byte_tokenizer, sampling)
     (row,) = group_of(Request(PROMPT), sampling.max_new_tokens, sampling).rows
-    for token in wanted(tokenizer, text):
+    for token in wanted(byte_tokenizer, text):
         if row.ended:
             break
         writer.extend([row], torch.zeros(1, SIZE).index_fill_(1, torch.tensor([token]), 50.0))
     return writer.sample(row)
 
 
-def wanted(tokenizer: PreTrainedTokenizerFast, text: str) -> Iterator[int]:
-    yield from tokenizer.encode(text, add_special_tokens=False)
+def wanted(byte_tokenizer: PreTrainedTokenizerFast, text: str) -> Iterator[int]:
+    yield from byte_tokenizer.encode(text, add_special_tokens=False)
     while True:
         yield END
 
@@ -60,19 +45,19 @@ def wanted(tokenizer: PreTrainedTokenizerFast, text: str) -> Iterator[int]:
     ],
 )
 def test_an_answer_ends_with_a_text_of_any_letters(
-    tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...], expected: str
+    byte_tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...], expected: str
 ) -> None:
     """Each byte is a token, so that a text may need four tokens for a letter."""
     whole = "Hello, how are 🎻🎶🎼🎵🎹🎺🎷🥁🎸🎤 today?"
-    sample = said(tokenizer, whole, Sampling(max_new_tokens=100, stop=stop))
+    sample = said(byte_tokenizer, whole, Sampling(max_new_tokens=100, stop=stop))
     assert sample.finished
     assert sample.text == expected
     by_token = [END] if expected == whole else []
-    assert sample.token_ids.tolist() == tokenizer.encode(expected, add_special_tokens=False) + by_token
+    assert sample.token_ids.tolist() == byte_tokenizer.encode(expected, add_special_tokens=False) + by_token
 
 
-def test_an_answer_that_is_as_long_as_it_may_be_is_not_finished(tokenizer: PreTrainedTokenizerFast) -> None:
-    short, exact, ended = (said(tokenizer, "abc", Sampling(max_new_tokens=n)) for n in (2, 3, 4))
+def test_an_answer_that_is_as_long_as_it_may_be_is_not_finished(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    short, exact, ended = (said(byte_tokenizer, "abc", Sampling(max_new_tokens=n)) for n in (2, 3, 4))
     assert [(one.text, one.finished, len(one.token_ids)) for one in (short, exact, ended)] == [
         ("ab", False, 2),
         ("abc", False, 3),
@@ -80,10 +65,10 @@ def test_an_answer_that_is_as_long_as_it_may_be_is_not_finished(tokenizer: PreTr
     ]
 
 
-def test_a_row_that_has_ended_takes_nothing_more(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_row_that_has_ended_takes_nothing_more(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     """Beside one that goes on; not even logits that are no numbers."""
     sampling = Sampling(max_new_tokens=5, temperature=1.0)
-    writer, rows = Writer(tokenizer, sampling), group_of(Request(PROMPT, 2), 5, sampling).rows
+    writer, rows = Writer(byte_tokenizer, sampling), group_of(Request(PROMPT, 2), 5, sampling).rows
     rows[0].finished = True
     logits = torch.zeros(2, SIZE)
     logits[0] = torch.nan
@@ -94,12 +79,12 @@ def test_a_row_that_has_ended_takes_nothing_more(tokenizer: PreTrainedTokenizerF
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_penalty_sees_prompt_and_answer(tokenizer: PreTrainedTokenizerFast, temperature: float) -> None:
+def test_the_penalty_sees_prompt_and_answer(byte_tokenizer: PreTrainedTokenizerFast, temperature: float) -> None:
     """6 stands in the prompt and 9 has just been said: of 6, 9 and 7, 7 is likeliest then. Its log-probability is that
     of the logits as they were.
     """
     sampling = Sampling(max_new_tokens=5, temperature=temperature, repetition_penalty=9.0)
-    writer, (row,) = Writer(tokenizer, sampling), group_of(Request(PROMPT), 5, sampling).rows
+    writer, (row,) = Writer(byte_tokenizer, sampling), group_of(Request(PROMPT), 5, sampling).rows
     row.tokens, row.logprobs = [9], [0.0]
     logits = torch.full((1, SIZE), -50.0)
     logits[0, [6, 9, 7]] = torch.tensor([10.0, 10.0, 9.9])

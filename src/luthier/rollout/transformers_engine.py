@@ -39,9 +39,7 @@ def _write(model: Model, rows: Sequence[Row], writer: Writer) -> None:
     model.network.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        generation_config=GenerationConfig(
-            max_new_tokens=rows[0].most, do_sample=False, eos_token_id=[], pad_token_id=0
-        ),
+        generation_config=GenerationConfig(max_new_tokens=rows[0].most, do_sample=False),
         logits_processor=LogitsProcessorList([_Extending(rows, writer)]),
         stopping_criteria=StoppingCriteriaList([_Ended(rows)]),
     )
