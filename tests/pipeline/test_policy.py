@@ -151,7 +151,7 @@ def test_what_is_known_of_a_rollout_is_of_its_own_policy_in_all_its_steps(
     moved = max(float((p.detach() - start[name]).abs().max()) for name, p in model.network.named_parameters())
     assert moved > 1e-3
     for one, other in ((seen[0], seen[1]), (seen[2], seen[3])):
-        assert len({id(group) for group in (*one, *other)}) == 6
+        assert len({group.sequences[0].token_ids.tobytes() for group in (*one, *other)}) == 6
     for name, parameter in model.network.named_parameters():
         parameter.data.copy_(start[name])
     with evaluating(model.network):
