@@ -53,7 +53,7 @@ def sample(model: Model | str, *, reward: _Named | Sequence[_Named], **given: ob
     reward: as in a recipe, a Python function called as reward(prompt, answer, row) -> float, or a list of these.
     Returns the counts. The same call again after an interruption goes on; it asks and scores once more what has failed.
     Raises RecipeError for a setting that is wrong, DataError for rows that do not fit, CheckpointError if `output` is
-    another run's, TrainingError where no answer can be had, scored or kept.
+    another run's, TrainingError where no answer can be had, scored or kept, and what loading a model raises.
     """
     values = {name: _path_as_text(value) for name, value in given.items()}
     if isinstance(model, str):
@@ -76,7 +76,8 @@ def sample_answers(settings: AnswerSampling, reward: RewardLike, model: Model | 
     files = SampleFiles(Path(settings.output))
     choice = choice_made_of(settings)
     files.claim(answers_made_of(settings, model, requests), rewards_made_of(reward, prompts), choice)
-    write_quarantine(reading.bad, files.folder / "quarantine.jsonl")
+    if settings.on_error == "skip":
+        write_quarantine(reading.bad, files.folder / "quarantine.jsonl")
     sampled = SampledPrompts(prompts, requests, _sampling(settings), files)
     tokenizer = model.tokenizer
     with rewarder_of(reward, count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False))) as worth:
