@@ -44,10 +44,7 @@ class Screen:
             self.bar.console.print(f"{self.title} step {metrics['step']}: {text}")
             return
         learned = f"reward {metrics['reward']:.3f}" if "reward" in metrics else f"loss {metrics['loss']:.4f}"
-        text = (
-            f"{learned}  {metrics['tokens_per_second']:.0f} tokens/s  "
-            f"{metrics['memory_bytes'] / 1e9:.2f} GB"
-        )
+        text = f"{learned}  {metrics['tokens_per_second']:.0f} tokens/s  {metrics['memory_bytes'] / 1e9:.2f} GB"
         self.bar.update(self.task, completed=metrics["step"], text=text)
         if not self.console.is_terminal and time.monotonic() - self.said > _PLAIN_EVERY_SECONDS:
             self.said = time.monotonic()
