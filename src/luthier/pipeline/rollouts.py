@@ -244,8 +244,8 @@ class RolloutPlan:
         why = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
         if not usable:
             raise TrainingError(
-                f"no answer could be scored ({why}); mend the reward and run the same command again, which goes on "
-                "from the last checkpoint"
+                f"no answer could be scored ({why}); see to what the reward needs and run the same command again, "
+                "which goes on from the last checkpoint; with an edited reward, begin anew with resume: false"
             )
         if reasons:
             logger.warning("%d of %d answers have no reward: %s", len(answers) - len(usable), len(answers), why)

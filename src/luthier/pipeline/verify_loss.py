@@ -1,28 +1,33 @@
 """Loss invariance, shown on the user's own recipe: the gradient of a step does not depend on how the step is cut.
 
 The same sequences go through the model whole, in two micro-batches, one by one and in another order, and the gradients
-are compared. Beside them stands what averaging the micro-batches' means would have given, the common mistake.
+are compared. Beside them stands what averaging the micro-batches' means would have given, the common mistake. A policy
+learns here from answers of the longest length with advantages drawn by chance.
 Dropout is off, since its draws belong to a micro-batch. All is computed in float64: in float32 the order of summation
 alone moved the gradient of a 135M model by 3e-5 of its norm, in float64 by 4e-16, so what is left is a mistake.
 """
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from luthier.adapters.inject import adapter_parameters
 from luthier.data.batches import StepPlan, TokenBatch, collate, cut
-from luthier.data.sequences import Item
+from luthier.data.sequences import Item, TokenGroup, sequences_of
 from luthier.errors import VerificationError
 from luthier.models.load import Model, load
+from luthier.pipeline.known import known_of
 from luthier.pipeline.methods import Method
 from luthier.pipeline.prepare import prepare_data, prepare_network
+from luthier.pipeline.prompts import answered
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.document import Recipe
+from luthier.recipe.policy import OnPolicy
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
 from luthier.training.loop import Objective, step_gradients
@@ -77,6 +82,8 @@ def verify_loss(recipe: Recipe, *, num_sequences: int = 8, objective: Objective 
     prepare_network(settings, model)
     _perturb(model.network, settings.seed)
     model.network.double().eval()
+    if isinstance(settings, OnPolicy):
+        items = _answered(items, model.network, settings)
     method = STAGES[stage.word].method(settings) if objective is None else Method(objective)
     proof = _measure(model.network, items, method)
     _check(proof)
@@ -91,6 +98,26 @@ def _items(settings: Training, model: Model, wanted: int) -> list[Item]:
     if len(items) < 2:
         raise VerificationError("one sequence cannot be cut in several ways; give at least two rows and two sequences")
     return items
+
+
+def _answered(items: Sequence[Item], network: PreTrainedModel, settings: OnPolicy) -> list[Item]:
+    """Prompts' stand-ins as groups, with what a rollout would know of their answers."""
+    groups = [answered(one, settings.group_size) for one in sequences_of(items)]
+    known = known_of(network, groups, settings, micro_batch_tokens=sum(map(len, groups)))
+    counts = [one.num_trained for one in sequences_of(groups)]
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = {name: torch.randn(sum(counts), generator=generator) for name in ("advantages", "returns")}
+    unknown = {"sampled": torch.full((sum(counts),), torch.nan)}
+    columns = {name: iter(whole.split(counts)) for name, whole in {**known, **drawn, **unknown}.items()}
+    return [
+        TokenGroup(
+            tuple(
+                replace(one, columns={name: next(parts).numpy() for name, parts in columns.items()})
+                for one in group.sequences
+            )
+        )
+        for group in groups
+    ]
 
 
 @torch.no_grad()
