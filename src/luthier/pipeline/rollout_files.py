@@ -60,6 +60,7 @@ class RolloutFiles:
         path, numbers = self.folder / "batch.safetensors", self.numbers()
         if numbers is None or not path.exists():
             return None
+        self._forget_samples()
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, numbers  # noqa: SIM118
@@ -71,8 +72,7 @@ class RolloutFiles:
         with replacing(self.folder / "batch.safetensors") as beside:
             save_file(tensors, beside)
         write_whole(self.folder / "rollout.json", json.dumps(numbers, indent=1) + "\n")
-        for path in self.folder.glob("samples-*.jsonl"):
-            path.unlink()
+        self._forget_samples()
 
     def numbers(self) -> dict[str, Any] | None:
         """What is told of the rollout, None where it is not finished."""
@@ -83,6 +83,10 @@ class RolloutFiles:
     def forget_batch(self) -> None:
         """Deletes what is needed for learning alone."""
         (self.folder / "batch.safetensors").unlink(missing_ok=True)
+
+    def _forget_samples(self) -> None:
+        for path in self.folder.glob("samples-*.jsonl"):
+            path.unlink()
 
     def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
