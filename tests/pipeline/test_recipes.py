@@ -18,6 +18,7 @@ from luthier.recipe.stages import STAGE_SETTINGS
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "adapters").glob("*.yaml"))
 ALIGNMENT = sorted((ROOT / "recipes" / "alignment").glob("*.yaml"))
+REWARDS = sorted((ROOT / "recipes" / "rewards").glob("*.yaml"))
 STAY_BESIDE = {"bitfit", "bottleneck", "fusion", "prefix", "prompt"}
 
 
@@ -104,6 +105,25 @@ def test_a_recipe_of_preferences_trains_and_leaves_a_model(
     assert (tmp_path / "run" / "model").is_dir()
 
 
-def test_every_stage_of_preferences_has_a_recipe() -> None:
-    words = {stage.word for path in ALIGNMENT for stage in load_recipe(path).stages}
+@pytest.mark.parametrize("path", REWARDS, ids=lambda path: path.stem)
+def test_a_recipe_of_rewards_trains_and_leaves_a_model(
+    path: Path, speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"What is {i}?", "answer": f"{i}"} for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.py").write_text("def score(prompt, answer, row):\n    return len(answer)\n")
+    monkeypatch.chdir(tmp_path)
+    (stage,) = load_recipe(path).stages
+    small = {"max_steps": 1, "batch_size": 2, "max_new_tokens": 8, "group_size": min(2, stage.settings.group_size)}
+    small |= {"length_margin": 4} if stage.word == "dapo" else {}
+    said = {stage.word: _said(stage.settings) | small}
+    (summary,) = run_recipe(
+        Recipe.model_validate({"model": str(speaker), "output": "run", "dtype": "fp32", "stages": [said]})
+    )
+    assert summary.steps == 1
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_every_stage_has_a_recipe() -> None:
+    words = {stage.word for path in (*ALIGNMENT, *REWARDS) for stage in load_recipe(path).stages}
     assert words | {"pretrain"} == set(STAGE_SETTINGS)
