@@ -26,6 +26,7 @@ _TEXT = {
     "gradients": "gradients",
     "optimizer": "optimizer",
     "activations": "activations and output layer",
+    "rollout": "weights and keys while sampling",
     "allocator": "lost by the allocator",
 }
 

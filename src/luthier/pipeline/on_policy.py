@@ -13,12 +13,12 @@ from luthier.adapters.inject import DEFAULT_NAME
 from luthier.adapters.switch import adapter_names, delete_adapter
 from luthier.models.load import Model
 from luthier.models.merge import merge_into
-from luthier.models.packed import can_pack
 from luthier.models.save import save
 from luthier.models.values import remove_value_head, without_value_head
 from luthier.pipeline.live import store_adapter
 from luthier.pipeline.policy import CRITIC
 from luthier.pipeline.prompts import PreparedPrompts
+from luthier.pipeline.rollout_memory import weights_of
 from luthier.pipeline.rollouts import RolloutPlan
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.rewards import parts_of
@@ -77,10 +77,7 @@ def _engine(settings: OnPolicy, model: Model, folder: Path) -> Engine:
     if settings.server is not None:
         check_updates(settings.server)
         return _Pushed(server_engine(settings.server, model.tokenizer), settings.server.push, model, folder / "pushed")
-    weights = settings.rollout_weights
-    if weights == "auto":
-        weights = "fp16" if can_pack(model.network) else "dense"
-    return LocalEngine(model, weights=weights, max_rows=settings.rollout_rows)
+    return LocalEngine(model, weights=weights_of(settings, model.network), max_rows=settings.rollout_rows)
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from luthier.pipeline.policy import COLUMNS
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.prompts import answered
 from luthier.pipeline.reference import placeholders
+from luthier.pipeline.rollout_memory import rollout_bytes
 from luthier.pipeline.stages import STAGES
 from luthier.recipe import LoRA
 from luthier.recipe.policy import OnPolicy
@@ -157,6 +158,7 @@ class Planner:
             parts={
                 "process": process,
                 **{name: getattr(footprint, name) for name in Footprint.__slots__},
+                "rollout": self._rollout_bytes(settings, model, footprint),
                 "allocator": lost,
             },
             loading_bytes=process
@@ -165,6 +167,14 @@ class Planner:
             + max(also_mapped, _reference_bytes(settings)),
             available_bytes=self.machine.available_bytes,
         )
+
+    def _rollout_bytes(self, settings: Training, model: Model, footprint: Footprint) -> int:
+        """What sampling takes that a step of learning does not hold."""
+        if not isinstance(settings, OnPolicy):
+            return 0
+        longest = max(map(len, self.prepared.train)) - settings.max_new_tokens
+        of_step = footprint.activations + footprint.gradients
+        return rollout_bytes(settings, model, longest_prompt=longest, step_bytes=of_step)
 
     def _lost_bytes(self, settings: Training, footprint: Footprint, tokens: int) -> int:
         """What is held besides tensors while training."""

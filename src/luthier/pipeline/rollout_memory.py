@@ -1,0 +1,47 @@
+"""What sampling holds besides the model: weights in few bytes, which stay, and keys and values while answers are made.
+
+While answers are made there are no gradients and no activations, so only what goes beyond those raises a stage's peak.
+"""
+
+from transformers import PreTrainedModel
+
+from luthier.adapters.adapted import bare
+from luthier.adapters.targets import Linear, named_places
+from luthier.models.load import Model
+from luthier.models.packed import can_pack
+from luthier.recipe.policy import OnPolicy
+
+__all__ = ["rollout_bytes", "weights_of"]
+
+_BYTES = {"fp16": 2, "int8": 1}  # a weight, where it is stored anew
+
+
+def weights_of(settings: OnPolicy, network: PreTrainedModel) -> str:
+    """How linear layers are stored while sampling: dense, fp16 or int8."""
+    if settings.rollout_weights != "auto":
+        return settings.rollout_weights
+    return "fp16" if can_pack(network) else "dense"
+
+
+def rollout_bytes(settings: OnPolicy, model: Model, *, longest_prompt: int, step_bytes: int) -> int:
+    """What sampling adds to a stage's peak. longest_prompt: in tokens. step_bytes: what a step of learning alone holds."""
+    if settings.server is not None:
+        return 0
+    form = weights_of(settings, model.network)
+    places = [bare(place) for _, place in named_places(model.network)]
+    num_weights = sum(one.in_features * one.out_features for one in places if isinstance(one, Linear))
+    merged = form == "dense" and settings.adapter is not None  # the originals are kept beside
+    rows = min(settings.rollout_rows, settings.batch_size * settings.minibatches * settings.group_size)
+    num_tokens = rows * settings.max_new_tokens + -(-rows // settings.group_size) * longest_prompt
+    while_sampling = num_tokens * _bytes_of_keys(model) + merged * num_weights * model.dtype.itemsize
+    return num_weights * _BYTES.get(form, 0) + max(0, while_sampling - step_bytes)
+
+
+def _bytes_of_keys(model: Model) -> int:
+    """Of a token's keys and values in all layers."""
+    config = model.config.get_text_config()
+    heads: int = config.num_attention_heads
+    head_size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    num_layers: int = config.num_hidden_layers
+    return 2 * num_layers * key_heads * head_size * model.dtype.itemsize
