@@ -19,6 +19,7 @@ from luthier.cli.plan import command
 from luthier.errors import DataError, RecipeError, TrainingError
 from luthier.models.adapted import load_adapted
 from luthier.models.load import load
+from luthier.models.weights import weights_hash
 from luthier.pipeline.on_policy import Warner
 from luthier.pipeline.run import run_recipe
 from luthier.pipeline.verify_loss import verify_loss
@@ -202,24 +203,36 @@ def test_what_goes_wrong_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> 
 
 
 class FakeServer:
-    """Says letters drawn by the request's seed, as vLLM does; takes adapters. Drops what comes while it is dead."""
+    """Says letters drawn by the request's seed, as vLLM or SGLang, and takes adapters or models. Dead, it drops all."""
 
     def __init__(self, answer: Any) -> None:
         self.answer, self.dies_at, self.num_asked = answer, 10**9, 0
         self.loaded: list[tuple[str, bytes]] = []
+        self.models: list[tuple[str, list[str]]] = []
 
     def play(self, request: dict[str, Any]) -> Any:
         if "lora_path" in request:
             self.loaded.append(
                 (request["lora_name"], Path(request["lora_path"], "adapter_model.safetensors").read_bytes())
             )
+        if "model_path" in request:
+            folder = Path(request["model_path"])
+            self.models.append((weights_hash(folder), sorted(load_file(folder / "model.safetensors"))))
+        if "sampling_params" in request:
+            return self.answer([json.dumps([self.generated(one) for one in request["sampling_params"]]).encode()])
         if "prompt" not in request:
-            return self.answer([b"Success"])
+            return self.answer([b'{"success": true}'])
         self.num_asked += 1
         if self.num_asked > self.dies_at:
             return self.answer([], dropped=True)
         choices = [self.choice(request["seed"] + number, number) for number in range(request["n"])]
         return self.answer([json.dumps({"object": "text_completion", "choices": choices}).encode()])
+
+    def generated(self, asked: dict[str, Any]) -> dict[str, Any]:
+        said = self.choice(asked["sampling_seed"], 0)
+        ids = said["token_ids"]
+        meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-2.0, i, None] for i in ids]}
+        return {"text": said["text"], "output_ids": ids, "meta_info": {**meta, "completion_tokens": len(ids)}}
 
     def choice(self, seed: int, number: int) -> dict[str, Any]:
         letters = random.Random(seed).randint(1, 6)
@@ -260,6 +273,20 @@ def test_a_server_is_sent_each_policy_before_it_is_asked(
     assert names == ("luthier-1", "luthier-2", "luthier-3")
     assert len(set(files)) == 3
     assert [path.name for path in Path("run/00-grpo/pushed").iterdir()] == ["version-3"]
+
+
+@pytest.mark.parametrize(("word", "given"), [("grpo", {}), ("ppo", {"adapter": None, "beta": 0.0})])
+def test_a_server_that_reads_whole_models_is_sent_the_policy_merged(
+    word: str, given: dict[str, Any], place: Path, speaker: Path, serve: Callable[..., Any], answer: Any
+) -> None:
+    """First what the stage starts from; without its value head."""
+    fake = FakeServer(answer)
+    server = served(serve(fake.play).url, kind="sglang", push="weights")
+    run_recipe(recipe_of(word, speaker, server=server, rollout_epochs=1, **given))
+    hashes, names = zip(*fake.models, strict=True)
+    assert len(set(hashes)) == 3
+    assert hashes[0] == weights_hash(speaker)
+    assert names == (sorted(load_file(speaker / "model.safetensors")),) * 3
 
 
 @pytest.mark.usefixtures("place")

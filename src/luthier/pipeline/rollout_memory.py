@@ -24,7 +24,7 @@ def weights_of(settings: OnPolicy, network: PreTrainedModel) -> str:
 
 
 def rollout_bytes(settings: OnPolicy, model: Model, *, longest_prompt: int, step_bytes: int) -> int:
-    """What sampling adds to a stage's peak. longest_prompt: in tokens. step_bytes: what a step of learning alone holds."""
+    """What sampling adds to a stage's peak. longest_prompt: in tokens. step_bytes: what only learning holds."""
     if settings.server is not None:
         return 0
     form = weights_of(settings, model.network)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress, groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,8 @@ class RolloutPlan:
     def _made(self, number: int, files: RolloutFiles) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Samples, scores, and works out what is known of every token; written down."""
         started = time.perf_counter()
+        if files.numbers() is not None:
+            logger.warning("%s: its batch is gone, so it is sampled anew, by the policy as it is now", files.folder)
         before = RolloutFiles.of(self.folder, number - 1).numbers() if number else None
         first = number * self.prompts_per_rollout if before is None else int(before["next_prompt"])
         beta = self.settings.beta if before is None else float(before["next_beta"])
@@ -148,6 +151,8 @@ class RolloutPlan:
             "rollout/tokens_per_second": sum(len(one.token_ids) for one in everything) / seconds,
         }
         told |= {"rollout/beta": beta} if self.settings.target_kl is not None else {}
+        if self.settings.length_margin is not None:
+            told["rewards/length_penalty/mean"] = fmean(one.length_penalty for one in everything)
         usable = [one for one in chosen if one.score is not None]
         trained = trained_on(usable, mask_truncated=self.settings.mask_truncated)
         tensors, kl = self._known(usable, trained, beta)
