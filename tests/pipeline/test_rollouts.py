@@ -155,7 +155,7 @@ def test_minibatches_part_a_rollout_and_epochs_repeat_it_in_another_order(plan: 
     for one, other in ((0, 1), (2, 3), (4, 5)):
         assert not steps[one] & steps[other]
         assert steps[one] | steps[other] == steps[0] | steps[1]
-    assert len({frozenset(step) for step in steps}) > 2 == made.steps_per_epoch // 9
+    assert len({frozenset(step) for step in steps}) > 2
 
 
 def test_groups_without_signal_are_replaced_by_other_prompts(plan: Planner) -> None:
@@ -213,8 +213,7 @@ def test_an_answer_without_a_reward_is_left_out_of_its_group_alone(
     assert made.told(0)["rewards/failed"] == pytest.approx(1 / 3)
     assert "2 of 6 answers have no reward: score: returned nan 2" in caplog.text
     failed = [row for row in read_answers(made) if row["reward"] is None]
-    assert [row["parts"]["score"] for row in failed] == ["returned nan: "] * 2
-    assert not any(row["learned_from"] for row in failed)
+    assert [(row["parts"]["score"], row["learned_from"]) for row in failed] == [("returned nan: ", False)] * 2
 
 
 def test_where_no_answer_has_a_reward_the_run_stops_and_keeps_what_was_sampled(plan: Planner) -> None:
