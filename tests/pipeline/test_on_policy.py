@@ -3,7 +3,9 @@
 import inspect
 import json
 import random
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from luthier.pipeline.run import run_recipe
 from luthier.pipeline.verify_loss import verify_loss
 from luthier.pipeline.verify_resume import verify_resume
 from luthier.recipe.document import Recipe
-from luthier.recipe.policy import GRPO, POLICY
+from luthier.recipe.policy import GRPO
+from luthier.recipe.policy_methods import POLICY
 from luthier.training.callbacks import read_metrics
 
 REWARDS = """
@@ -71,8 +74,8 @@ def told(word: str = "grpo") -> list[dict[str, Any]]:
     return read_metrics(Path("run") / f"00-{word}" / "metrics.jsonl")
 
 
-def answers_of(word: str = "grpo", number: int = 0) -> list[dict[str, Any]]:
-    path = Path("run") / f"00-{word}" / "rollouts" / f"{number:06d}" / "answers.jsonl"
+def answers_of(word: str = "grpo", number: int = 0, folder: str = "run") -> list[dict[str, Any]]:
+    path = Path(folder) / f"00-{word}" / "rollouts" / f"{number:06d}" / "answers.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -93,6 +96,47 @@ def test_a_method_raises_its_reward_and_leaves_an_adapter_and_a_model(word: str,
     names = load_file(f"run/00-{word}/adapter/adapter_model.safetensors").keys()
     assert all("lora_" in name for name in names), "no critic and no value head"
     assert Path("run/model/config.json").exists()
+
+
+@pytest.mark.parametrize("trunk", ["own", "shared"])
+@pytest.mark.usefixtures("place")
+def test_policy_reference_critic_and_reward_model_are_one_set_of_weights(trunk: str, speaker: Path) -> None:
+    """A reward model's adapter beside the policy's gives what the same reward model by itself gives, in every step."""
+    pairs = [{"prompt": f"What is {i}?", "chosen": "ababab", "rejected": "ab"} for i in range(8)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    trained = {"data": "pairs.jsonl", "batch_size": 4, "max_steps": 4, "adapter": {"type": "lora", "r": 2}}
+    stages = [{"reward": {**trained, "learning_rate": 1e-2}}]
+    run_recipe(Recipe.model_validate({"model": str(speaker), "output": "rm", "dtype": "fp32", "stages": stages}))
+    adapter = {"type": "model", "adapter": "rm/00-reward/adapter"}
+    found = []
+    for part in (adapter, {**adapter, "model": str(speaker)}):
+        run_recipe(recipe_of("ppo", speaker, reward=part, value_trunk=trunk, batch_size=4, max_steps=8))
+        names = load_file("run/00-ppo/adapter/adapter_model.safetensors").keys()
+        assert [name for name in names if "lora_" not in name] == []
+        found.append([line["reward"] for line in told("ppo")])
+        shutil.rmtree("run")
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert len(set(found[0])) > 1
+
+
+@pytest.mark.usefixtures("place")
+def test_a_function_of_the_calling_program_is_a_reward_and_edited_it_is_another_run(speaker: Path) -> None:
+    def longer(prompt: list[dict[str, Any]], answer: str, row: dict[str, Any]) -> float:
+        return float(len(answer) + row["number"] - row["number"])
+
+    def shorter(prompt: list[dict[str, Any]], answer: str, row: dict[str, Any]) -> float:
+        return -float(len(answer))
+
+    given: dict[str, Any] = {"data": "prompts.jsonl", "max_new_tokens": 8, "group_size": 4, "batch_size": 2}
+    given |= {"max_steps": 2, "adapter": {"type": "lora", "r": 4}}
+    first = lt.grpo(lt.load(str(speaker)), reward=[longer, {"type": "length", "aim": 6}], **given)
+    rows = answers_of(folder="runs/grpo")
+    assert all(row["parts"]["longer"] == len(row["answer"]) for row in rows)
+    again = lt.grpo(lt.load(str(speaker)), reward=[longer, {"type": "length", "aim": 6}], **given)
+    assert replace(again, seconds=first.seconds) == first
+    assert lt.grpo(lt.load(str(speaker)), reward=shorter, **given).folder == "runs/grpo-2/00-grpo"
+    with pytest.raises(RecipeError, match="longer is a function of the program that began this run"):
+        run_recipe(lt.load_recipe("runs/grpo/recipe.yaml"))
 
 
 @pytest.mark.usefixtures("place")

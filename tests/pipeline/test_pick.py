@@ -15,7 +15,7 @@ ANSWERS = st.lists(st.builds(ScoredText, st.sampled_from(["a", "b", "c", " ", "\
 
 
 def settings_of(keep: str = "best", **more: Any) -> AnswerSampling:
-    return AnswerSampling.model_validate({"data": "a", "keep": keep, **more})
+    return AnswerSampling.model_validate({"data": "a", "reward": "exact", "keep": keep, **more})
 
 
 def of(*rewards: float, finished: bool = True) -> list[ScoredText]:

@@ -22,7 +22,8 @@ from luthier.pipeline.policy import CRITIC, Scored, advantages, critic_on, guard
 from luthier.pipeline.prepare import prepare_data, prepare_network
 from luthier.pipeline.rollouts import RolloutPlan
 from luthier.pipeline.train import make_run
-from luthier.recipe.policy import POLICY, OnPolicy
+from luthier.recipe.policy import OnPolicy
+from luthier.recipe.policy_methods import POLICY
 from luthier.recipe.settings import settings_from
 from luthier.recipe.stages import STAGE_SETTINGS
 from luthier.training.loop import Run, step_gradients, train_step

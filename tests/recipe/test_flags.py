@@ -6,13 +6,13 @@ from luthier.errors import RecipeError
 from luthier.recipe import ADAPTER_SETTINGS, SFT, STAGE_SETTINGS, LoRA, flags_of, parse_recipe, settings_from_flags
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.rewards import FunctionReward, NumericReward
-from luthier.recipe.sampling import RewardedSampling
+from luthier.recipe.sampling import AnswerSampling
 from luthier.recipe.settings import Settings
 from luthier.recipe.training import Training
 
 each_stage = pytest.mark.parametrize("settings", STAGE_SETTINGS.values())
 each_rewarded = pytest.mark.parametrize(
-    "settings", [RewardedSampling, *(kind for kind in STAGE_SETTINGS.values() if issubclass(kind, OnPolicy))]
+    "settings", [AnswerSampling, *(kind for kind in STAGE_SETTINGS.values() if issubclass(kind, OnPolicy))]
 )
 FLAGS = {flag.name: flag for flag in flags_of(SFT)}
 
@@ -173,5 +173,5 @@ def test_the_words_of_a_flag_that_takes_functions_are_no_closed_list(settings: t
 )
 def test_a_bad_reward_is_answered_by_its_flag(flags: dict[str, object], complaint: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        settings_from_flags(RewardedSampling, {"--data": "a", **flags})
+        settings_from_flags(AnswerSampling, {"--data": "a", **flags})
     assert str(caught.value).startswith(complaint)

@@ -5,7 +5,8 @@ import pytest
 from luthier.errors import RecipeError
 from luthier.recipe import dump_recipe, parse_recipe
 from luthier.recipe.flags import flags_of
-from luthier.recipe.policy import POLICY, OnPolicy, Row
+from luthier.recipe.policy import OnPolicy
+from luthier.recipe.policy_methods import POLICY, Row
 from luthier.recipe.settings import settings_from
 from luthier.recipe.stages import STAGE_SETTINGS
 

@@ -8,7 +8,7 @@ from luthier.errors import RecipeError
 from luthier.recipe import settings_from
 from luthier.recipe.rewards import NumericReward
 from luthier.recipe.rollout_servers import ServerKind
-from luthier.recipe.sampling import AnswerSampling, RewardedSampling
+from luthier.recipe.sampling import AnswerSampling
 
 SERVER: dict[str, Any] = {"url": "http://localhost:8000/v1", "model": "m"}
 
@@ -29,18 +29,18 @@ SERVER: dict[str, Any] = {"url": "http://localhost:8000/v1", "model": "m"}
 )
 def test_what_is_wrong_is_said_by_the_field(given: dict[str, Any], complaint: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        settings_from(AnswerSampling, {"data": "a", **given})
+        settings_from(AnswerSampling, {"data": "a", "reward": "exact", **given})
     assert str(caught.value) == complaint
 
 
-def test_a_reward_is_required_where_it_is_written_down() -> None:
-    assert settings_from(RewardedSampling, {"data": "a", "reward": "numeric"}).reward == NumericReward()
+def test_a_reward_is_required() -> None:
+    assert settings_from(AnswerSampling, {"data": "a", "reward": "numeric"}).reward == NumericReward()
     with pytest.raises(RecipeError, match="reward: is required"):
-        settings_from(RewardedSampling, {"data": "a"})
+        settings_from(AnswerSampling, {"data": "a"})
 
 
 @pytest.mark.parametrize("kind", get_args(ServerKind))
 def test_no_kind_of_server_is_sent_anything(kind: str) -> None:
-    settings = settings_from(AnswerSampling, {"data": "a", "server": {**SERVER, "kind": kind}})
+    settings = settings_from(AnswerSampling, {"data": "a", "reward": "exact", "server": {**SERVER, "kind": kind}})
     assert settings.server is not None
     assert (settings.server.kind, settings.server.push) == (kind, None)

@@ -26,6 +26,7 @@ from luthier.recipe.rewards import (
     MathReward,
     ModelReward,
     NumericReward,
+    PythonReward,
     RegexReward,
     TagsReward,
 )
@@ -65,7 +66,7 @@ def totals(found: Sequence[Reward]) -> list[Score]:
     return [reward.total for reward in found]
 
 
-def by_length(name: str) -> Rewards:
+def by_length(name: str, adapter: str | None = None) -> Rewards:
     """A reward model that likes what is short; a name that ends in `broken` gives none."""
 
     def rewards(chats: Sequence[Chat]) -> list[float]:
@@ -85,7 +86,7 @@ def test_a_part_gives_its_number(settings: AnyReward, right: str, wrong: str) ->
 
 
 def test_every_kind_is_tried_somewhere_here() -> None:
-    assert {settings.type for settings, *_ in EACH} | {"model", "function", "judge"} == set(REWARD_SETTINGS)
+    assert {settings.type for settings, *_ in EACH} | {"model", "function", "judge", "python"} == set(REWARD_SETTINGS)
 
 
 def test_parts_are_weighted_and_kept_by_their_names() -> None:
@@ -131,16 +132,19 @@ def test_functions_of_python_run_here_and_get_copies() -> None:
         prompt.clear()
         return 1 / (len(completion) - 2)
 
-    found = rewarder_of([mine, ExactReward()]).score(asked("420", "42"))
+    parts = [PythonReward(digest="1", name="mine"), ExactReward()]
+    found = rewarder_of(parts, functions={"1": mine}).score(asked("420", "42"))
     assert found[0] == Reward(1.0, {"mine": 1.0, "exact": 0.0})
     assert found[1].total == Failure("mine: raised ZeroDivisionError", "ZeroDivisionError: division by zero")
     assert (seen, ROW["extra"]) == (["420", "42"], [1])
+    with pytest.raises(RecipeError, match="mine is a function of the program that began this run; run that program"):
+        rewarder_of(parts)
 
 
 def test_a_reward_model_computes_all_answers_at_once() -> None:
     batches: list[int] = []
 
-    def loaded(name: str) -> Rewards:
+    def loaded(name: str, adapter: str | None) -> Rewards:
         def rewards(chats: Sequence[Chat]) -> list[float]:
             batches.append(len(chats))
             return [1.0] * len(chats)
@@ -160,9 +164,9 @@ def test_a_saved_reward_model_is_loaded_by_its_name(chat_model: Path, tmp_path: 
     assert isinstance(unshown, Failure)
 
 
-def test_tokens_are_counted_by_who_can() -> None:
+def test_tokens_are_counted_by_who_can(chat_model: Path) -> None:
     settings = LengthReward(maximum=2, unit="tokens")
-    assert totals(rewarder_of(settings, count_tokens=lambda text: len(text.split())).score(asked("a b c"))) == [0.5]
+    assert totals(rewarder_of(settings, model=load(str(chat_model))).score(asked("abc"))) == [0.5]
     with pytest.raises(RecipeError, match="no tokenizer"):
         rewarder_of(settings)
 

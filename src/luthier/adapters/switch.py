@@ -20,6 +20,7 @@ __all__ = [
     "activate",
     "adapter_names",
     "adapters_off",
+    "adapters_on",
     "assign_rows",
     "delete_adapter",
     "mix_adapters",
@@ -100,10 +101,20 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
     """The base model, for the time of the context: what a reference model is. Raises AdapterError while adapters are
     merged.
     """
-    layers = list(_switchable(network).values())
+    with adapters_on(network):
+        yield
+
+
+@contextmanager
+def adapters_on(network: nn.Module, *names: str) -> Iterator[None]:
+    """For the time of the context, these adapters and no others apply, one around the other, to all rows. Raises
+    AdapterError for a name that the model does not carry, and while adapters are merged.
+    """
+    layers = list(_switchable(network, names).values())
     with _afterwards_as_before(layers):
         for layer in layers:
-            layer.active, layer.rows = (), None
+            layer.active = tuple(name for name in names if name in layer.adapters)
+            layer.shares, layer.rows = {}, None
         yield
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from luthier.cli.options import settings_of, settings_options
 from luthier.pipeline.pick import SampleCounts
 from luthier.pipeline.sample import sample_answers
-from luthier.recipe.sampling import RewardedSampling
+from luthier.recipe.sampling import AnswerSampling
 
 __all__ = ["command"]
 
@@ -20,12 +20,12 @@ def command(word: str) -> click.Command:
     """The command `sample`, with the settings as flags."""
 
     def run(**given: Any) -> None:
-        settings: Any = settings_of(RewardedSampling, given)  # type: ignore[arg-type]  # typed for stages alone
+        settings: Any = settings_of(AnswerSampling, given)  # type: ignore[arg-type]  # typed for stages alone
         console = Console(highlight=False)
-        console.print(_table(sample_answers(settings, settings.reward)))
+        console.print(_table(sample_answers(settings)))
         console.print(f"written to {settings.output}", markup=False)
 
-    parameters = [*settings_options(RewardedSampling)]  # type: ignore[arg-type]
+    parameters = [*settings_options(AnswerSampling)]  # type: ignore[arg-type]
     return click.Command(word, callback=run, params=[*parameters], help=_HELP)
 
 

@@ -21,7 +21,15 @@ from luthier.models.score import hidden_states
 from luthier.models.stops import template_stops
 from luthier.recipe.adapters import AnyAdapter
 
-__all__ = ["head_outline", "padded_for", "score_rewards", "trains_head", "with_head", "with_trained_head"]
+__all__ = [
+    "head_outline",
+    "padded_for",
+    "score_rewards",
+    "trains_head",
+    "with_head",
+    "with_head_beside",
+    "with_trained_head",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +47,20 @@ def with_head(model: Model, *, seed: int) -> Model:
         return model
     if adapted := list(adapted_layers(model.network)):
         raise AdapterError(f"{adapted[0]}: carries an adapter, and the model gets a head; merge the adapter first")
+    return _under_head(model, model.config, seed)
+
+
+def with_head_beside(model: Model) -> Model:
+    """The body of a language model under a second head, which has no values yet; the model stays what it is, and what
+    is put on its body later is on both. Raises ModelError as `with_head` does.
+    """
+    return _under_head(model, deepcopy(model.config), seed=0)
+
+
+def _under_head(model: Model, config: PretrainedConfig, seed: int) -> Model:
     old, stops = model.network, model.network.generation_config
     with torch.device("meta"):
-        network = head_outline(model.config, model.source.name)
+        network = head_outline(config, model.source.name)
     prefix, body = network.base_model_prefix, old.base_model
     if type(getattr(network, prefix)) is not type(body):
         raise ModelError(f"{model.source.name}: a {type(network).__name__} has another body; choose another model")

@@ -13,13 +13,13 @@ import torch
 
 from luthier.data.sources import find_files
 from luthier.files import write_whole
-from luthier.models.weights import weights_hash
+from luthier.pipeline.reward_hashes import reward_hashes
 from luthier.recipe.document import Recipe
 from luthier.recipe.policy import OnPolicy
-from luthier.recipe.rewards import AnyReward, FunctionReward, JsonReward, ModelReward, parts_of
+from luthier.recipe.rewards import parts_of
 from luthier.recipe.training import Pretrain, Training
 
-__all__ = ["data_hashes", "reward_hashes", "write_manifest"]
+__all__ = ["data_hashes", "rewards_of", "write_manifest"]
 
 _PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -48,30 +48,13 @@ def data_hashes(settings: Training) -> dict[str, str]:
     """
     named = [settings.data, settings.eval_data, *(settings.mix if isinstance(settings, Pretrain) else ())]
     files = {file for names in named if names is not None for file in find_files(names)}
-    return {name: _sha256(Path(name)) for name in sorted(files)} | reward_hashes(settings)
+    return {name: _sha256(Path(name)) for name in sorted(files)} | rewards_of(settings)
 
 
-def reward_hashes(settings: Training) -> dict[str, str]:
-    """SHA-256 of functions' files, schemas and reward models' weights; none of what is not there, which is complained
-    of where it is read.
-    """
-    if not isinstance(settings, OnPolicy):
-        return {}
-    places = [place for part in parts_of(settings.reward) if (place := _place_of(part)) is not None]
-    files = {str(place): _sha256(place) for place in places if place.is_file()}
-    return files | {str(place): weights_hash(place) for place in places if place.is_dir()}
-
-
-def _place_of(part: AnyReward) -> Path | None:
-    """The file or the folder that a reward stands in, if any."""
-    match part:
-        case FunctionReward():
-            return Path(part.function.rpartition(":")[0])
-        case JsonReward(schema_file=str(file)):
-            return Path(file)
-        case ModelReward():
-            return Path(part.model)
-    return None
+def rewards_of(settings: Training) -> dict[str, str]:
+    """What the stage's rewards are made of, if it has any, as `reward_hashes` says."""
+    parts = parts_of(settings.reward) if isinstance(settings, OnPolicy) else ()
+    return {name: digest for part in parts for name, digest in reward_hashes(part).items()}
 
 
 def _sha256(path: Path) -> str:

@@ -16,8 +16,8 @@ from luthier.models.merge import merge_into
 from luthier.models.save import save
 from luthier.models.values import remove_value_head, without_value_head
 from luthier.pipeline.live import store_adapter
-from luthier.pipeline.policy import CRITIC
 from luthier.pipeline.prompts import PreparedPrompts
+from luthier.pipeline.python_rewards import Functions
 from luthier.pipeline.rollout_memory import weights_of
 from luthier.pipeline.rollouts import RolloutPlan
 from luthier.recipe.policy import OnPolicy
@@ -26,21 +26,23 @@ from luthier.recipe.rollout_servers import Push
 from luthier.rollout.engine import LocalEngine
 from luthier.rollout.pushing import check_updates
 from luthier.rollout.requests import Engine, Request, Sample, Sampling
-from luthier.rollout.rewards import Rewarder, rewarder_of
+from luthier.rollout.rewards import rewarder_of
 from luthier.rollout.scoring import Failure
 from luthier.rollout.server_engine import ServerEngine, server_engine
 from luthier.training.callbacks import Metrics
 from luthier.training.loop import Run
 
-__all__ = ["on_rollouts", "remove_critic"]
+__all__ = ["on_rollouts", "remove_others"]
 
 logger = logging.getLogger(__name__)
 
 _ROLLOUTS_IN_A_ROW = 3  # with rewards that go with the length, before a warning
 
 
-def on_rollouts(run: Run, prepared: PreparedPrompts, model: Model, folder: Path) -> Run:
-    """The run, with rollouts as its plan. Raises RecipeError for rewards, servers or weights that cannot be had."""
+def on_rollouts(run: Run, prepared: PreparedPrompts, model: Model, folder: Path, *, functions: Functions) -> None:
+    """Gives the run rollouts as its plan. functions: that the reward means. Raises RecipeError for rewards, servers or
+    weights that cannot be had, and AdapterError for a reward model's adapter that does not fit.
+    """
     settings = run.settings
     assert isinstance(settings, OnPolicy), "only policies learn on prompts"
     assert run.micro_batch_tokens is not None
@@ -50,27 +52,21 @@ def on_rollouts(run: Run, prepared: PreparedPrompts, model: Model, folder: Path)
         model,
         folder,
         engine=_engine(settings, model, folder),
-        rewarder=_rewarder(settings, model),
+        rewarder=rewarder_of(parts_of(settings.reward), functions=functions, model=model),
         micro_batch_tokens=run.micro_batch_tokens,
         oldest_step=run.checkpoints.oldest_step if run.checkpoints else lambda: 0,
     )
     run.plan = plan
     run.evaluation = plan.evaluation if prepared.held_out and settings.eval_every else None
     run.callbacks = [*run.callbacks, Warner(settings)]
-    return run
 
 
-def remove_critic(network: PreTrainedModel) -> None:
-    """Takes away the value head, and the adapter under it, where a stage had them."""
+def remove_others(network: PreTrainedModel) -> None:
+    """Takes off what stands beside the policy while it learns: a value head, a critic's adapter, reward models'."""
     remove_value_head(network)
-    if CRITIC in adapter_names(network):
-        delete_adapter(network, CRITIC)
-
-
-def _rewarder(settings: OnPolicy, model: Model) -> Rewarder:
-    return rewarder_of(
-        parts_of(settings.reward), count_tokens=lambda text: len(model.tokenizer.encode(text, add_special_tokens=False))
-    )
+    for name in adapter_names(network):
+        if name != DEFAULT_NAME:
+            delete_adapter(network, name)
 
 
 def _engine(settings: OnPolicy, model: Model, folder: Path) -> Engine:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.adapters.inject import DEFAULT_NAME
-from luthier.adapters.switch import activate
+from luthier.adapters.switch import adapters_on
 from luthier.data.batches import TokenBatch
 from luthier.models.score import hidden_states, scores_of
 from luthier.models.values import values_at
@@ -128,11 +127,8 @@ def _values(network: PreTrainedModel, batch: TokenBatch, hidden: Tensor, setting
 @contextmanager
 def critic_on(network: PreTrainedModel) -> Iterator[None]:
     """For the time of the context, the critic's adapter in place of the policy's."""
-    activate(network, CRITIC)
-    try:
+    with adapters_on(network, CRITIC):
         yield
-    finally:
-        activate(network, DEFAULT_NAME)
 
 
 def guard_of(settings: OnPolicy) -> Callable[[dict[str, float]], str | None] | None:

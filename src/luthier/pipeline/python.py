@@ -6,14 +6,13 @@ written by `save` alone. Before the next stage that adapter is merged (`live.py`
 hands are not noticed: save such a model and load it again.
 """
 
-import inspect
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +27,6 @@ from luthier.objectives.loss import Loss, Unit
 from luthier.pipeline.claim import claim, claimed_by, digest_of_code, give_back, goes_on
 from luthier.pipeline.live import (
     carries_adapter,
-    dtype_of,
     merge_carried,
     set_aside,
     settle,
@@ -36,14 +34,16 @@ from luthier.pipeline.live import (
     undo,
     write_merged,
 )
+from luthier.pipeline.python_calls import MODELS_OWN, explained, settings_for, with_paths_as_text
+from luthier.pipeline.python_rewards import Functions, described
 from luthier.pipeline.run import run_stage
 from luthier.pipeline.stages import STAGES
 from luthier.pipeline.train import Summary, train
 from luthier.recipe.document import Stage, dump_recipe, recipe_of
-from luthier.recipe.keywords import explanation_of, parameters_of
+from luthier.recipe.policy import OnPolicy
 from luthier.recipe.problems import unknown
 from luthier.recipe.rounds import IterativeDPO
-from luthier.recipe.settings import Settings, settings_from
+from luthier.recipe.settings import settings_from
 from luthier.recipe.stages import STAGE_SETTINGS
 from luthier.recipe.training import SFT, DType, Training
 from luthier.training.callbacks import Callback, Metrics
@@ -53,7 +53,6 @@ __all__ = ["FUNCTIONS", "Batches", "batches", "fit", "save"]
 
 logger = logging.getLogger(__name__)
 
-_MODELS_OWN = {"model", "dtype"}
 _OF_DATA = {
     *("data", "eval_data", "eval_fraction", "format", "columns", "on_error", "max_length", "on_long", "train_on"),
     *("mix", "seed", "epochs", "max_steps", "batch_size", "packing", "micro_batch_tokens"),
@@ -97,13 +96,16 @@ class Batches:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What is to be done with a model. objective: None for the stage's own. named: the user chose the output."""
+    """What is to be done with a model. objective: None for the stage's own. functions: that its reward means. named:
+    the user chose the output.
+    """
 
     word: str
     settings: Training
     tokenizer: PreTrainedTokenizerBase
     callbacks: Sequence[Callback]
     objective: Objective | None = None
+    functions: Functions = field(default_factory=dict)
     named: bool = False
 
     def at(self, output: str, start: str | None) -> "_Call":
@@ -137,7 +139,7 @@ def batches(
     for name in given:
         if name in STAGE_SETTINGS[stage].model_fields and name not in _OF_DATA:
             raise RecipeError(f"{name}: is not about data; give it to fit")
-    described = Batches(stage, tokenizer, _with_paths_as_text({"data": data, **given}))
+    described = Batches(stage, tokenizer, with_paths_as_text({"data": data, **given}))
     settings_from(STAGE_SETTINGS[stage], described.given)
     return described
 
@@ -161,7 +163,8 @@ def fit(
     for name in given:
         if name in _OF_DATA:
             raise RecipeError(f"{name}: is about data; give it to batches")
-    settings = _settings(batches.word, model, {**batches.given, **given, "output": output or "runs/fit"})
+    values = {**batches.given, **given, "output": output or "runs/fit"}
+    settings = settings_for(model, STAGE_SETTINGS[batches.word], values)
     call = _Call(batches.word, settings, batches.tokenizer, callbacks, objective, named=output is not None)
     return _run(model, call)
 
@@ -184,45 +187,16 @@ def _function(word: str) -> Callable[..., Summary]:
     kind = STAGE_SETTINGS[word]
 
     def stage(model: Model, *, callbacks: Sequence[Callback] = (), **given: object) -> Summary:
-        call = _Call(word, _settings(word, model, given), model.tokenizer, callbacks, named="output" in given)
+        functions: Functions = {}
+        if issubclass(kind, OnPolicy) and "reward" in given:
+            given["reward"], functions = described(given["reward"])
+        settings = settings_for(model, kind, given)
+        call = _Call(word, settings, model.tokenizer, callbacks, functions=functions, named="output" in given)
         return _run(model, call)
 
     stage.__name__ = stage.__qualname__ = word
     stage.__doc__ = _STAGE_DOC.format(summary=STAGES[word].summary, output=kind.model_fields["output"].default)
-    return _explained(stage, kind, kind.model_fields.keys() - _MODELS_OWN)
-
-
-def _explained(function: Callable[..., Any], kind: type[Settings], names: Set[str]) -> Callable[..., Any]:
-    """The function with these settings in its signature and docstring, in place of `**given`."""
-    signature = inspect.signature(function)
-    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    shown = names - signature.parameters.keys()
-    parameters = sorted([*own, *parameters_of(kind, shown)], key=lambda p: (p.kind, p.default is not p.empty))
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    function.__doc__ = f"{inspect.getdoc(function)}\n\n{explanation_of(kind, shown)}\n"
-    return function
-
-
-def _settings(word: str, model: Model, given: Mapping[str, object]) -> Training:
-    """The stage's settings for a model that is in memory already: its name and type are the model's."""
-    dtype = dtype_of(model)
-    values = {"dtype": dtype, **_with_paths_as_text(given), "model": model.source.name}
-    settings = settings_from(STAGE_SETTINGS[word], values)
-    if settings.dtype != dtype:
-        raise RecipeError(f"dtype: the model is in memory in {dtype}; load it with dtype {settings.dtype}")
-    return settings
-
-
-def _with_paths_as_text(given: Mapping[str, object]) -> dict[str, object]:
-    """Recipes know text alone; Python has paths, and lists of them."""
-    return {
-        name: [_path_as_text(entry) for entry in value] if isinstance(value, list | tuple) else _path_as_text(value)
-        for name, value in given.items()
-    }
-
-
-def _path_as_text(value: object) -> object:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return explained(stage, kind, kind.model_fields.keys() - MODELS_OWN)
 
 
 def _run(model: Model, call: _Call) -> Summary:
@@ -263,7 +237,15 @@ def _train(model: Model, call: _Call, output: Path) -> Summary:
         return _train_in_rounds(model, call.settings, call.word, output, listeners)
     trained = replace(model, tokenizer=call.tokenizer)
     try:
-        _, summary = train(call.word, call.settings, trained, folder, callbacks=listeners, objective=objective)
+        _, summary = train(
+            call.word,
+            call.settings,
+            trained,
+            folder,
+            callbacks=listeners,
+            objective=objective,
+            functions=call.functions,
+        )
         settle(trained, call.settings, folder, output / "model")
         model.network, model.source = trained.network, trained.source
         if trained.tokenizer is not call.tokenizer:  # it got new tokens
@@ -328,5 +310,5 @@ class _Log:
 
 
 FUNCTIONS: dict[str, Callable[..., Summary]] = {word: _function(word) for word in STAGES}
-_explained(batches, SFT, _OF_DATA)
-_explained(fit, SFT, SFT.model_fields.keys() - _OF_DATA - _MODELS_OWN)
+explained(batches, SFT, _OF_DATA)
+explained(fit, SFT, SFT.model_fields.keys() - _OF_DATA - MODELS_OWN)

@@ -10,13 +10,14 @@ from luthier.adapters.targets import Linear, named_places
 from luthier.models.load import Model
 from luthier.models.packed import can_pack
 from luthier.recipe.policy import OnPolicy
+from luthier.recipe.sampling import AnswerSampling
 
 __all__ = ["rollout_bytes", "weights_of"]
 
 _BYTES = {"fp16": 2, "int8": 1}  # a weight, where it is stored anew
 
 
-def weights_of(settings: OnPolicy, network: PreTrainedModel) -> str:
+def weights_of(settings: OnPolicy | AnswerSampling, network: PreTrainedModel) -> str:
     """How linear layers are stored while sampling: dense, fp16 or int8."""
     if settings.rollout_weights != "auto":
         return settings.rollout_weights

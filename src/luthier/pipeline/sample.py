@@ -4,14 +4,13 @@ The answers are those of the engines, and the rewards those, that policies learn
 samples nothing twice; the output appears at the end, whole, as rows that an sft stage reads.
 """
 
-import inspect
 import json
-import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,33 +19,30 @@ from luthier.data.examples import Chat, Message, Prompt
 from luthier.data.reading import Reading, read_examples
 from luthier.data.sequences import sequences_of
 from luthier.data.writing import write_examples, write_quarantine
-from luthier.errors import DataError, RecipeError, TrainingError
+from luthier.errors import DataError, TrainingError
 from luthier.files import write_whole
 from luthier.models.load import Model, load, outline
-from luthier.models.packed import can_pack
-from luthier.pipeline.live import dtype_of
 from luthier.pipeline.pick import SampleCounts, ScoredText, pick
 from luthier.pipeline.prompts import distinct
+from luthier.pipeline.python_calls import MODELS_OWN, explained, settings_for, with_paths_as_text
+from luthier.pipeline.python_rewards import Functions, GivenReward, described
+from luthier.pipeline.rollout_memory import weights_of
 from luthier.pipeline.sample_claim import answers_made_of, choice_made_of, rewards_made_of
 from luthier.pipeline.sample_files import SampleFiles
 from luthier.pipeline.sampled import SampledPrompts, by_reason
-from luthier.recipe.keywords import explanation_of, parameters_of
-from luthier.recipe.rewards import AnyReward, parts_of
-from luthier.recipe.sampling import AnswerSampling, RewardedSampling
+from luthier.recipe.rewards import parts_of
+from luthier.recipe.sampling import AnswerSampling
 from luthier.recipe.settings import settings_from
 from luthier.rollout.engine import LocalEngine
 from luthier.rollout.requests import Engine, Request, Sampling
-from luthier.rollout.rewards import RewardLike, rewarder_of
-from luthier.rollout.scoring import Failure, ScoringFunction
+from luthier.rollout.rewards import rewarder_of
+from luthier.rollout.scoring import Failure
 from luthier.rollout.server_engine import server_engine
 
 __all__ = ["sample", "sample_answers"]
 
-_Named = str | Mapping[str, object] | AnyReward | ScoringFunction
-_MODELS_OWN = {"model", "dtype"}
 
-
-def sample(model: Model | str, *, reward: _Named | Sequence[_Named], **given: object) -> SampleCounts:
+def sample(model: Model | str, *, reward: GivenReward, **given: object) -> SampleCounts:
     """Answers prompts several times and writes the answers that are good, as examples that `sft` learns from.
 
     model: as `load` gives it, with the adapter that it carries, or its name.
@@ -55,55 +51,31 @@ def sample(model: Model | str, *, reward: _Named | Sequence[_Named], **given: ob
     Raises RecipeError for a setting that is wrong, DataError for rows that do not fit, CheckpointError if `output` is
     another run's, TrainingError where no answer can be had, scored or kept, and what loading a model raises.
     """
-    values = {name: _path_as_text(value) for name, value in given.items()}
+    worth, functions = described(reward)
+    values: dict[str, object] = {**with_paths_as_text(given), "reward": worth}
     if isinstance(model, str):
-        return sample_answers(*_settings(reward, {**values, "model": model}))
-    dtype = dtype_of(model)
-    settings, worth = _settings(reward, {"dtype": dtype, **values, "model": model.source.name})
-    if settings.dtype != dtype:
-        raise RecipeError(f"dtype: the model is in memory in {dtype}; load it with dtype {settings.dtype}")
-    return sample_answers(settings, worth, model)
+        return sample_answers(settings_from(AnswerSampling, {**values, "model": model}), functions=functions)
+    return sample_answers(settings_for(model, AnswerSampling, values), model, functions=functions)
 
 
-def sample_answers(settings: AnswerSampling, reward: RewardLike, model: Model | None = None) -> SampleCounts:
-    """Makes the output, or goes on with it. model: the one that the settings name, if it is in memory.
-
-    Returns and raises what `sample` does.
+def sample_answers(
+    settings: AnswerSampling, model: Model | None = None, *, functions: Functions = MappingProxyType({})
+) -> SampleCounts:
+    """Makes the output, or goes on with it. model: the one that the settings name, if it is in memory. functions: those
+    that the reward means. Returns and raises what `sample` does.
     """
     reading = _read(settings)
     model = model or _loaded(settings)
     prompts, requests = _requests(reading, settings, model)
     files = SampleFiles(Path(settings.output))
     choice = choice_made_of(settings)
-    files.claim(answers_made_of(settings, model, requests), rewards_made_of(reward, prompts), choice)
+    files.claim(answers_made_of(settings, model, requests), rewards_made_of(settings, prompts), choice)
     if settings.on_error == "skip":
         write_quarantine(reading.bad, files.folder / "quarantine.jsonl")
     sampled = SampledPrompts(prompts, requests, _sampling(settings), files)
-    tokenizer = model.tokenizer
-    with rewarder_of(reward, count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False))) as worth:
+    with rewarder_of(parts_of(settings.reward), functions=functions, model=model) as worth:
         sampled.complete(_engine(settings, model), worth, batch_size=settings.batch_size)
     return _finished(settings, sampled, reading)
-
-
-def _settings(reward: _Named | Sequence[_Named], values: Mapping[str, object]) -> tuple[AnswerSampling, RewardLike]:
-    """The settings, and the reward, of which Python functions may be parts."""
-    several = list(reward) if isinstance(reward, list | tuple) else [reward]
-    if not any(map(callable, several)):
-        settings = settings_from(RewardedSampling, {**values, "reward": reward})
-        return settings, settings.reward
-    parts: list[AnyReward | ScoringFunction] = []
-    for one in several:
-        if callable(one):
-            parts.append(one)
-        else:
-            parts += parts_of(settings_from(RewardedSampling, {**values, "reward": one}).reward)
-    return settings_from(AnswerSampling, values), parts
-
-
-def _path_as_text(value: object) -> object:
-    if isinstance(value, list | tuple):
-        return [_path_as_text(entry) for entry in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _read(settings: AnswerSampling) -> Reading:
@@ -138,10 +110,7 @@ def _sampling(settings: AnswerSampling) -> Sampling:
 def _engine(settings: AnswerSampling, model: Model) -> Engine:
     if settings.server is not None:
         return server_engine(settings.server, model.tokenizer)
-    weights = settings.rollout_weights
-    if weights == "auto":
-        weights = "fp16" if can_pack(model.network) else "dense"
-    return LocalEngine(model, weights=weights, max_rows=settings.rollout_rows)
+    return LocalEngine(model, weights=weights_of(settings, model.network), max_rows=settings.rollout_rows)
 
 
 def _finished(settings: AnswerSampling, sampled: SampledPrompts, reading: Reading) -> SampleCounts:
@@ -199,14 +168,4 @@ def _write(kept: Sequence[tuple[Chat, float]], files: SampleFiles) -> None:
     plain.unlink()
 
 
-def _explain() -> None:
-    """Gives `sample` its settings' names, defaults and explanations."""
-    names = AnswerSampling.model_fields.keys() - _MODELS_OWN
-    own = [one for one in inspect.signature(sample).parameters.values() if one.kind is not one.VAR_KEYWORD]
-    shown = [*own, *parameters_of(AnswerSampling, names)]
-    shown.sort(key=lambda one: (one.kind, one.default is not one.empty))
-    sample.__signature__ = inspect.Signature(shown, return_annotation=SampleCounts)  # type: ignore[attr-defined]
-    sample.__doc__ = f"{inspect.getdoc(sample)}\n\n{explanation_of(AnswerSampling, names)}\n"
-
-
-_explain()
+explained(sample, AnswerSampling, AnswerSampling.model_fields.keys() - MODELS_OWN)

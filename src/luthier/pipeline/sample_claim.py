@@ -6,18 +6,15 @@ prompts' rows; what is kept of both, from the choice. Of a server only its model
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from luthier.data.examples import Prompt
 from luthier.models.load import Model
-from luthier.models.sources import resolve
-from luthier.pipeline.claim import digest_of_code
 from luthier.pipeline.live import carries_adapter, start_digest
-from luthier.recipe.rewards import AnyReward, FunctionReward, JsonReward, ModelReward
+from luthier.pipeline.reward_hashes import reward_hashes
+from luthier.recipe.rewards import AnyReward, parts_of
 from luthier.recipe.sampling import AnswerSampling
 from luthier.rollout.requests import Request
-from luthier.rollout.rewards import RewardLike
 
 __all__ = ["answers_made_of", "choice_made_of", "rewards_made_of"]
 
@@ -36,11 +33,10 @@ def answers_made_of(settings: AnswerSampling, model: Model, requests: Sequence[R
     }
 
 
-def rewards_made_of(reward: RewardLike, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def rewards_made_of(settings: AnswerSampling, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Raises ModelError where a reward model cannot be found."""
-    parts = reward if isinstance(reward, Sequence) else [reward]
     rows = _digest(repr(prompt).encode() for prompt in prompts)
-    return {"reward": [_part(part) for part in parts], "rows": rows}
+    return {"reward": [_part(part) for part in parts_of(settings.reward)], "rows": rows}
 
 
 def choice_made_of(settings: AnswerSampling) -> dict[str, Any]:
@@ -54,26 +50,9 @@ def _model(settings: AnswerSampling, model: Model) -> str:
     return start_digest(model) if carries_adapter(model) else model.source.weights_hash
 
 
-def _part(part: object) -> Any:
-    """A part of a reward by its settings, with a digest of the file or the model that these name."""
-    if not isinstance(part, AnyReward):
-        return digest_of_code(part)
-    match part:
-        case FunctionReward():
-            named = _file(part.function.rpartition(":")[0])
-        case JsonReward(schema_file=str(place)):
-            named = _file(place)
-        case ModelReward():
-            named = resolve(part.model).weights_hash
-        case _:
-            named = ""
-    return part.model_dump(mode="json") | {"made_of": named}
-
-
-def _file(place: str) -> str:
-    """Nothing where it is not there, which is complained of by who reads it."""
-    path = Path(place)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+def _part(part: AnyReward) -> Any:
+    """A part of a reward by its settings, with digests of what these name."""
+    return part.model_dump(mode="json") | {"made_of": list(reward_hashes(part).values())}
 
 
 def _digest(pieces: Iterable[bytes]) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -26,12 +27,13 @@ from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.live import store_adapter
-from luthier.pipeline.manifest import reward_hashes
-from luthier.pipeline.on_policy import on_rollouts, remove_critic
+from luthier.pipeline.manifest import rewards_of
+from luthier.pipeline.on_policy import on_rollouts, remove_others
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.policy import COLUMNS
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.prompts import PreparedPrompts, digest_of_prompts
+from luthier.pipeline.python_rewards import Functions
 from luthier.pipeline.reference import placeholders, referred
 from luthier.pipeline.rollout_files import claim_rollouts
 from luthier.pipeline.stages import STAGES
@@ -76,11 +78,13 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     objective: Objective | None = None,
+    functions: Functions = MappingProxyType({}),
     to_be_merged: bool = False,
 ) -> tuple[Prepared, Summary]:
     """Trains a stage in `folder`, going on from its last checkpoint if there is one. The network is left as trained.
 
-    objective: by default the stage's own. to_be_merged: refuses an adapter that cannot be, before it is trained.
+    objective: by default the stage's own. functions: that a reward means. to_be_merged: refuses an adapter that cannot
+    be, before it is trained.
     """
     keep_freed_memory()
     prepared = prepare_data(settings, model, folder)
@@ -94,7 +98,11 @@ def train(
         if isinstance(settings, WithReference) and settings.cache_reference:
             prepared = _with_reference(settings, model, prepared, folder, tokens)
         run = make_run(
-            word, settings, model, prepared, folder, callbacks=callbacks, adapters=adapters, micro_batch_tokens=tokens
+            *(word, settings, model, prepared, folder),
+            callbacks=callbacks,
+            adapters=adapters,
+            functions=functions,
+            micro_batch_tokens=tokens,
         )
         run.objective = objective or run.objective
         _resume_or_rehearse(run, prepared)
@@ -102,7 +110,7 @@ def train(
         fit(run)
         run.state.precision.close()
     finally:
-        remove_critic(model.network)
+        remove_others(model.network)
     release_freed_memory()
     if settings.adapter is not None:
         store_adapter(model, folder / "adapter")
@@ -118,6 +126,7 @@ def make_run(
     *,
     callbacks: Sequence[Callback] = (),
     adapters: Sequence[Adapter] = (),
+    functions: Functions = MappingProxyType({}),
     micro_batch_tokens: int,
 ) -> Run:
     """The Run of a prepared stage: plan, optimizer, checkpoints and who listens."""
@@ -142,7 +151,9 @@ def make_run(
         callbacks=listeners,
         adapters=adapters,
     )
-    return on_rollouts(run, prepared, model, folder) if isinstance(prepared, PreparedPrompts) else run
+    if isinstance(prepared, PreparedPrompts):
+        on_rollouts(run, prepared, model, folder, functions=functions)
+    return run
 
 
 def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
@@ -151,7 +162,7 @@ def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
     digest = hashlib.sha256(settings.model_dump_json(exclude={*FREE_SETTINGS, *hashed_below}).encode())
     digest.update(weights_hash(model.source.folder).encode())
     if isinstance(prepared, PreparedPrompts):
-        digest.update(f"{digest_of_prompts(prepared)} {list(reward_hashes(settings).values())}".encode())
+        digest.update(f"{digest_of_prompts(prepared)} {list(rewards_of(settings).values())}".encode())
     for part in (prepared.train, prepared.evaluation):
         digest.update(f"{len(part)} sequences".encode())
         for item in part:

@@ -5,7 +5,6 @@ may be set otherwise. A rollout is `batch_size` times `minibatches` prompts, eac
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import inf
 from typing import Annotated, Any, Literal, Self
 
@@ -13,8 +12,9 @@ from annotated_types import Ge, Gt, Le
 from pydantic import Field, model_validator
 
 from luthier.recipe.adapters import DyLoRA, LoRA
+from luthier.recipe.policy_methods import POLICY, Aggregate, Baseline, KLPlace, Ratio, Scale
 from luthier.recipe.problems import Problem, Problems
-from luthier.recipe.rewards import RewardSettings
+from luthier.recipe.rewards import ModelReward, RewardSettings, parts_of
 from luthier.recipe.rollout_servers import RolloutServer
 from luthier.recipe.rounds import PromptFormat
 from luthier.recipe.settings import Count, Word
@@ -24,53 +24,15 @@ __all__ = [
     "DAPO",
     "GRPO",
     "GSPO",
-    "POLICY",
     "PPO",
     "RLOO",
     "DrGRPO",
     "OnPolicy",
     "ReinforcePP",
-    "Row",
 ]
 
-Aggregate = Literal["constant", "sequences", "sum", "tokens"]
-Baseline = Literal["batch_mean", "group_mean", "leave_one_out", "none", "value"]
-KLPlace = Literal["loss", "reward"]
-Ratio = Literal["none", "sequence", "token"]
-Scale = Literal["batch_std", "group_std", "none", "whitened"]
 _NotNegative = Annotated[float, Ge(0)]
 _Positive = Annotated[float, Gt(0)]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What makes a method; each is a setting of the same name. filtered: mask_truncated and dynamic_sampling."""
-
-    baseline: Baseline
-    scale: Scale
-    ratio: Ratio
-    clip_low: float | None
-    clip_high: float | None
-    aggregate: Aggregate
-    beta: float
-    kl_in: KLPlace
-    group_size: int
-    rollout_epochs: int
-    filtered: bool
-
-
-# fmt: off
-POLICY: dict[str, Row] = {
-    #                   baseline        scale       ratio      low  high aggregate   beta kl_in    n epochs filter
-    "ppo":          Row("value",        "whitened", "token",   0.2, 0.2, "tokens",   0.05,"reward",1,4,     False),
-    "grpo":         Row("group_mean",   "group_std","token",   0.2, 0.2, "sequences",0.04,"loss",  8,1,     False),
-    "dr_grpo":      Row("group_mean",   "none",     "token",   0.2, 0.2, "constant", 0.0, "loss",  8,1,     False),
-    "dapo":         Row("group_mean",   "group_std","token",   0.2, 0.28,"tokens",   0.0, "loss",  8,1,     True),
-    "gspo":         Row("group_mean",   "group_std","sequence",3e-4,4e-4,"sequences",0.0, "loss",  8,1,     False),
-    "rloo":         Row("leave_one_out","none",     "none",    None,None,"sum",      0.05,"reward",4,1,     False),
-    "reinforce_pp": Row("none",         "whitened", "token",   0.2, 0.2, "tokens",   0.01,"reward",1,1,     False),
-}
-# fmt: on
 
 
 class _OfRow(str):
@@ -392,6 +354,9 @@ def _part_problems(settings: OnPolicy) -> Iterator[Problem]:
         yield Problem(("dynamic_sampling",), "one answer alone never differs; raise group_size")
     if settings.adapter is not None and settings.adapter.new_tokens:
         yield Problem(("adapter", "new_tokens"), "nothing has taught them yet; add them in an sft stage before this")
+    beside = [one for one in parts_of(settings.reward) if isinstance(one, ModelReward) and one.model is None]
+    if beside and settings.adapter is None:
+        yield Problem(("reward", "model"), "is the stage's own where it is not named, whose weights change; name one")
     pushed = None if settings.server is None else settings.server.push
     if pushed == "adapter" and not isinstance(settings.adapter, LoRA | DyLoRA):
         yield Problem(("server", "push"), "takes adapters of type lora or dylora; train one, or set weights or none")

@@ -32,6 +32,7 @@ __all__ = [
     "MathReward",
     "ModelReward",
     "NumericReward",
+    "PythonReward",
     "RegexReward",
     "RewardSettings",
     "TagsReward",
@@ -212,8 +213,19 @@ class ModelReward(AnyReward):
     type: Literal["model"] = "model"
     """A reward model."""
 
-    model: Word
-    """The folder that a reward stage has saved, or another sequence classifier with one output."""
+    model: Word | None = None
+    """The folder that a reward stage has saved, or another sequence classifier with one output; with an adapter, what
+    that was trained on."""
+
+    adapter: Word | None = None
+    """The adapter that a reward stage has trained. Without `model` it was trained on the very model that the stage
+    here begins with, which then has it beside its own: one set of weights for both."""
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        if self.model is None and self.adapter is None:
+            raise Problems([Problem(("model",), "name a reward model, or the adapter of one")])
+        return self
 
 
 class FunctionReward(AnyReward):
@@ -230,6 +242,16 @@ class FunctionReward(AnyReward):
 
     memory_gb: Seconds = 8.0
     """How much memory it may have."""
+
+
+class PythonReward(AnyReward):
+    """What a Python function gives that is in memory already, as a program hands it to `luthier.grpo` and its kin."""
+
+    type: Literal["python"] = "python"
+    """A function of the calling program; it cannot be named in a file or in a flag, where `function` is."""
+
+    digest: Word
+    """The SHA-256 of its code, by which it is found, and by which an edited one is another run."""
 
 
 class CodeReward(AnyReward):
@@ -272,7 +294,8 @@ class JudgeReward(AnyReward, Server):
 
 _Exactly: TypeAlias = ExactReward | NumericReward | MathReward
 _Formed: TypeAlias = LengthReward | JsonReward | RegexReward | TagsReward
-_Any: TypeAlias = _Exactly | _Formed | ModelReward | FunctionReward | CodeReward | JudgeReward
+_Run: TypeAlias = FunctionReward | PythonReward | CodeReward
+_Any: TypeAlias = _Exactly | _Formed | _Run | ModelReward | JudgeReward
 
 REWARD_SETTINGS: dict[str, type[AnyReward]] = {kind.model_fields["type"].default: kind for kind in branches(_Any)}
 

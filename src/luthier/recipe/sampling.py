@@ -16,7 +16,7 @@ from luthier.recipe.rounds import PromptFormat
 from luthier.recipe.settings import Count, Names, Settings, Word
 from luthier.recipe.training import DType, OnError, Seed
 
-__all__ = ["AnswerSampling", "AnsweringServer", "RewardedSampling"]
+__all__ = ["AnswerSampling", "AnsweringServer"]
 
 _Positive = Annotated[float, Gt(0)]
 _OF_PUSHING = ("allow_stale", "adapter_name", "shared_folder", "server_folder")
@@ -47,6 +47,10 @@ class AnswerSampling(Settings):
 
     data: Word | Names
     """Files, folders or patterns with prompts; relative ones start at the current folder."""
+
+    reward: RewardSettings
+    """What gives an answer its number: exact, numeric, math, regex, tags, json, length, code, model, judge, a function
+    (`rewards.py:score`), or a list of these with weights."""
 
     format: PromptFormat | None = None
     """The format of the rows, which are prompts; recognised from the columns where it is not named."""
@@ -118,11 +122,3 @@ class AnswerSampling(Settings):
         if self.keep == "all" and self.min_reward is None:
             raise Problems([Problem(("min_reward",), "keep: all keeps what reaches it; give one, or choose best")])
         return self
-
-
-class RewardedSampling(AnswerSampling):
-    """The same, with a reward that can be written down."""
-
-    reward: RewardSettings
-    """What gives an answer its number: exact, numeric, math, regex, tags, json, length, code, model, judge, a function
-    (`rewards.py:score`), or a list of these with weights."""

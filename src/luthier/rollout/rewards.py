@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from luthier.errors import RecipeError
+from luthier.models.load import Model
 from luthier.models.rewards import load_reward, rewards
+from luthier.models.rewards_beside import RewardsBeside
 from luthier.recipe.rewards import (
     AnyReward,
     CodeReward,
@@ -24,9 +26,10 @@ from luthier.recipe.rewards import (
     LengthReward,
     MathReward,
     ModelReward,
+    PythonReward,
     RegexReward,
 )
-from luthier.rollout.isolated import Isolated, isolated_function, isolated_rule
+from luthier.rollout.isolated import isolated_function, isolated_rule
 from luthier.rollout.rules import length_rule, rule_of
 from luthier.rollout.sandbox import scored_by_tests
 from luthier.rollout.scoring import (
@@ -44,10 +47,7 @@ from luthier.rollout.scoring import (
 )
 from luthier.rollout.server_score import ServerScore
 
-__all__ = ["Part", "Reward", "RewardLike", "Rewarder", "count_failures", "reward_model", "rewarder_of"]
-
-RewardLike = AnyReward | ScoringFunction | Sequence[AnyReward | ScoringFunction]
-"""Settings, a Python function called as reward(prompt, completion, row) -> float, or several of these."""
+__all__ = ["Part", "Reward", "Rewarder", "count_failures", "reward_model", "rewarder_of"]
 
 BatchScore = Callable[[Sequence[Answered]], list[Score]]
 
@@ -62,16 +62,16 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of a reward. score: its number for each of some answers, in their order."""
+    """One part of a reward. score: its number for each of some answers, in their order. close: ends what it holds."""
 
     name: str
     weight: float
     score: BatchScore
-    process: Isolated | None = None
+    close: Callable[[], None] = lambda: None
 
 
 class Rewarder:
-    """Scores answers by parts. Processes that parts run in end with `close`, or when it is no longer used."""
+    """Scores answers by parts. What they hold ends with `close`, processes also when it is no longer used."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
@@ -92,10 +92,9 @@ class Rewarder:
         return finite(total)
 
     def close(self) -> None:
-        """Ends the processes that parts run in."""
+        """Ends the processes that parts run in, and takes adapters of reward models off the model."""
         for part in self.parts:
-            if part.process is not None:
-                part.process.close()
+            part.close()
 
     def __enter__(self) -> Self:
         return self
@@ -117,30 +116,31 @@ def count_failures(found: Iterable[Reward]) -> dict[str, int]:
     return dict(reasons.most_common())
 
 
-def reward_model(name: str) -> Rewards:
-    """The rewards that the reward model of this name gives. Raises what `load_reward` raises."""
-    return partial(rewards, load_reward(name))
+def reward_model(name: str, adapter: str | None = None) -> Rewards:
+    """The rewards that the reward model of this name gives, or the adapter of one on the model of this name. Raises
+    what `load_reward` raises.
+    """
+    return partial(rewards, load_reward(name, adapter=adapter))
 
 
 def rewarder_of(
-    reward: RewardLike,
+    reward: AnyReward | Sequence[AnyReward],
     *,
-    count_tokens: Callable[[str], int] | None = None,
-    load_rewards: Callable[[str], Rewards] = reward_model,
+    functions: Mapping[str, ScoringFunction] = MappingProxyType({}),
+    model: Model | None = None,
+    load_rewards: Callable[[str, str | None], Rewards] = reward_model,
     environment: Mapping[str, str] = os.environ,
 ) -> Rewarder:
     """The rewarder by its settings, ready to score.
 
-    count_tokens: of a text, for lengths in tokens. load_rewards: what the name of a reward model stands for.
+    functions: the calling program's, by the digests of their code. model: whose answers they are, which counts lengths
+    in tokens and takes reward models' adapters that name no model.
+    load_rewards: what the names of a reward model and of an adapter for it stand for.
     Raises RecipeError for a function, a key, a file or a library that is not there, or two parts of one name, and what
-    the loader raises.
+    the loader and `RewardsBeside` raise.
     """
-    parts = []
-    for one in reward if isinstance(reward, Sequence) else [reward]:
-        if isinstance(one, AnyReward):
-            parts.append(_part(one, count_tokens, load_rewards, environment))
-        else:
-            parts.append(Part(getattr(one, "__name__", "function"), 1.0, partial(scored_by, one)))
+    settings = [reward] if isinstance(reward, AnyReward) else reward
+    parts = [_part(one, functions, model, load_rewards, environment) for one in settings]
     twice = [name for name, count in Counter(part.name for part in parts).items() if count > 1]
     if twice:
         raise RecipeError(f'reward: two parts are called "{twice[0]}"; give one of them another name')
@@ -149,8 +149,9 @@ def rewarder_of(
 
 def _part(
     settings: AnyReward,
-    count_tokens: Callable[[str], int] | None,
-    load_rewards: Callable[[str], Rewards],
+    functions: Mapping[str, ScoringFunction],
+    model: Model | None,
+    load_rewards: Callable[[str, str | None], Rewards],
     environment: Mapping[str, str],
 ) -> Part:
     part = partial(Part, settings.called, settings.weight)
@@ -158,19 +159,35 @@ def _part(
         case FunctionReward():
             limit = int(settings.memory_gb * 2**30)
             process = isolated_function(settings.function, timeout_seconds=settings.timeout_seconds, memory_bytes=limit)
-            return part(process.score, process)
+            return part(process.score, process.close)
+        case PythonReward():
+            if settings.digest not in functions:
+                raise RecipeError(
+                    f"reward: {settings.called} is a function of the program that began this run; run that program, or "
+                    "name a function in a file"
+                )
+            return part(partial(scored_by, functions[settings.digest]))
         case JsonReward() | MathReward() | RegexReward():  # some text could keep them busy for ever
             process = isolated_rule(settings, timeout_seconds=settings.timeout_seconds)
-            return part(process.score, process)
+            return part(process.score, process.close)
         case LengthReward():
-            return part(partial(_by_rule, length_rule(settings, count_tokens)))
-        case ModelReward():
-            return part(partial(scored_by_model, load_rewards(settings.model)))
+            return part(partial(_by_rule, length_rule(settings, None if model is None else partial(_length, model))))
+        case ModelReward(model=str(name)):
+            return part(partial(scored_by_model, load_rewards(name, settings.adapter)))
+        case ModelReward(adapter=str(adapter)):
+            if model is None:
+                raise RecipeError("reward.model: is required, for no model is trained here; name one")
+            beside = RewardsBeside(model, adapter)
+            return part(partial(scored_by_model, beside), beside.close)
         case CodeReward():
             return part(partial(scored_by_tests, settings))
         case JudgeReward():
             return part(ServerScore(settings, environment).score)
     return part(partial(_by_rule, rule_of(settings)))
+
+
+def _length(model: Model, text: str) -> int:
+    return len(model.tokenizer.encode(text, add_special_tokens=False))
 
 
 def _by_rule(rule: Rule, answered: Sequence[Answered]) -> list[Score]:
