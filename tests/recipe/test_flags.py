@@ -163,7 +163,7 @@ def test_the_words_of_a_flag_that_takes_functions_are_no_closed_list(settings: t
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ({"--reward": ("numeric", "exat")}, '--reward: [1].type: unknown type; did you mean "exact"?'),
+        ({"--reward": ("numeric", "exat")}, '--reward: [1]: unknown type; did you mean "exact"?'),
         ({"--reward": ("a.py:not a name",)}, '--reward.function: expected a function in a file, such as "judge.py:'),
         (
             {"--reward": ("numeric", "exact"), "--reward.column": "label"},

@@ -110,13 +110,13 @@ def test_flags_name_functions_and_several_rewards() -> None:
 @pytest.mark.parametrize(
     ("written", "sentence"),
     [
-        ("tagz", r'^reward\.type: unknown type; did you mean "tags"\?$'),
-        (["exact", "tagz"], r'^reward\[1\]\.type: unknown type; did you mean "tags"\?$'),
+        ("tagz", r'^reward: unknown type; did you mean "tags"\?$'),
+        (["exact", "tagz"], r'^reward\[1\]: unknown type; did you mean "tags"\?$'),
         ({"weight": 1}, r"^reward\.type: is required; it is one of exact, numeric, "),
         ([], r"^reward: is an empty list; name at least one reward$"),
         (7, r"^reward: expected a reward's type, a function in a file, settings, or a list of these$"),
         (["exact", "exact"], r'^reward: two parts are called "exact"; give one of them another name$'),
-        ("score.py", r"^reward\.type: unknown type; known are "),
+        ("score.py", r"^reward: unknown type; known are "),
         ({"type": "function", "function": "score"}, r'^reward\.function: expected a function in a file.*"score"$'),
         ({"type": "exact", "weight": "nan"}, r"^reward\.weight: expected a finite number"),
         ({"type": "length"}, r"^reward\.aim: give either aim or maximum$"),

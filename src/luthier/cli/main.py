@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, on
     "chat": ("chat", "Talk with a model."),
     "adapters": ("adapters", "Say what each type of adapter costs on a model; fuse several into one."),
     "merge": ("merge", "Merge an adapter into its model."),
-    "data": ("data", "Look at data: preview, validate, convert, stats."),
+    "data": ("data", "Look at data (preview, validate, stats), convert it, or sample it from a model."),
     "plan": ("plan", "Say how much memory a stage will take, and what to change where it does not fit."),
     "verify": ("verify", "Show that a promise holds on your recipe: loss, resume, template."),
     "report": ("report", "Write a run's report.html, also while the run is going."),

@@ -334,6 +334,8 @@ def _read_parts(values: Sequence[object]) -> tuple[object, ...]:
 def _read_part(value: object) -> object:
     if isinstance(value, AnyReward):
         return value
+    if isinstance(value, str) and ".py:" not in value:
+        return by_type(value, REWARD_SETTINGS)
     fields = {"type": value} if isinstance(value, str) else value
     if not isinstance(fields, Mapping):
         raise Problems([Problem((), "expected a reward's type, a function in a file, settings, or a list of these")])
