@@ -116,7 +116,7 @@ def anatomy(network: PreTrainedModel) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("weights", ["dense", "fp16", "int8"])
 @pytest.mark.parametrize("name", [None, "lora", "dora", "bottleneck"])
 def test_a_fault_in_the_middle_leaves_the_model_as_it_was(tiny: Factory, name: str | None, weights: str) -> None:
-    """A network in training mode whose norm fails at the fourth call, in the middle of answers."""
+    """A network in training mode whose embedding fails at the fourth call, in the middle of answers."""
     model = adapted(tiny, None if name is None else ADAPTERS[name])
     model.network.train()
     before, calls = anatomy(model.network), []
@@ -126,7 +126,7 @@ def test_a_fault_in_the_middle_leaves_the_model_as_it_was(tiny: Factory, name: s
         if len(calls) == 4:
             raise KeyError("in the middle")
 
-    hook = model.network.model.norm.register_forward_hook(failing)
+    hook = model.network.model.embed_tokens.register_forward_hook(failing)
     with pytest.raises(KeyError, match="in the middle"):
         sampled(model, requests(), GREEDY, weights)
     hook.remove()

@@ -125,6 +125,12 @@ class Adapter(nn.Module, ABC):
     def initialize(self, start: Start) -> None:
         """Fills the parameters, so that the adapter is the identity."""
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """A [r, in] and B [out, r] where all that it does to a linear layer without dropout is h = W x + B A x, as it
+        now is; else None.
+        """
+        return None
+
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight [out, in] and bias [out] of the one linear layer that equals base and adapter together. Pure."""
         raise AdapterError(

@@ -50,6 +50,9 @@ class DoRA(LoRA):
             bias = bias + (self.bias - self.place.bias)
         return output if bias is None else output + bias.to(output.dtype)
 
+    def low_rank(self) -> None:
+        """The magnitudes turn each row's length too."""
+
     def _is_bare(self, base: Base) -> bool:
         """Whether no other adapter stands between this one and the layer."""
         return base is self.place

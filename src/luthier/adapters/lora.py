@@ -89,6 +89,12 @@ class LoRA(Adapter):
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.taken_A]), torch.cat([self.lora_B, -self.taken_B], dim=1)
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        if self.bias is not None:
+            return None
+        a, b = self._factors()
+        return a, b * self.scale
+
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             a, b = self._factors()

@@ -24,7 +24,7 @@ from luthier.adapters.targets import Linear, named_places
 from luthier.errors import RecipeError
 from luthier.kernels.linear import has_onednn, whole_product
 
-__all__ = ["PACKED", "Packing", "can_pack"]
+__all__ = ["PACKED", "Packing", "can_pack", "versions_of"]
 
 MOST_ROWS = 64  # for more, a product is bound by its operations, and the dense layer is as fast
 _INT8_MULTIPLE = 32  # inputs; for others the kernel reads beyond the weight
@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
         self.dense, self.in_features, self.out_features = dense, dense.in_features, dense.out_features
         self.multiply = FORMS[form](dense.weight.detach(), dense.bias)
         self.most_rows = MOST_ROWS if form in PACKED else sys.maxsize
-        self.made_of = _versions(dense)
+        self.made_of = versions_of(dense)
 
     @property
     def weight(self) -> Tensor:
@@ -55,7 +55,7 @@ class PackedLinear(nn.Module):
     @property
     def is_current(self) -> bool:
         """Whether nothing was written into the layer since this was made of it."""
-        return self.made_of == _versions(self.dense)
+        return self.made_of == versions_of(self.dense)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
@@ -160,7 +160,7 @@ def _refuse(network: PreTrainedModel, form: str) -> None:
         raise RecipeError(f"rollout_weights: {form} is had on x86 CPUs alone; choose dense")
 
 
-def _versions(layer: nn.Module) -> list[tuple[int, int]]:
+def versions_of(layer: nn.Module) -> list[tuple[int, int]]:
     """Where each of its tensors lies, and how often it was written into."""
     tensors = (*layer.parameters(), *layer.buffers())
     return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]

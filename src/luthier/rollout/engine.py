@@ -6,15 +6,19 @@ changes roundings alone. Networks that cannot be decoded so are run by transform
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from luthier.data.batches import pack
 from luthier.errors import RecipeError
 from luthier.kernels.decoding import Decoding, OwnKeys, PromptPairs
 from luthier.models.decode import can_decode, next_logits, read_prompts
+from luthier.models.lean import Lean, can_be_lean
 from luthier.models.load import Model
 from luthier.models.packed import Packing
 from luthier.models.score import evaluating
@@ -24,6 +28,9 @@ from luthier.rollout.scoring import Failure
 from luthier.rollout.transformers_engine import write_by_transformers
 
 __all__ = ["LocalEngine"]
+
+Step = Callable[[Tensor, Decoding], Tensor]
+"""The logits of what follows each answer's new token."""
 
 _PROMPT_TOKENS = 4096  # that are read at once
 _ENDED_SHARE = 0.25  # of the rows, from which on the others move together
@@ -40,7 +47,7 @@ class LocalEngine:
         if max_rows < 1:
             raise RecipeError(f"max_rows: {max_rows} answers at once are none; set 1 or more")
         self.model, self.max_rows = model, max_rows
-        self.packing = Packing(model.network, weights)
+        self.packing, self.lean = Packing(model.network, weights), Lean(model.network, weights)
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Sample, ...] | Failure]:
         """For each request its answers; a Failure for a prompt that is empty or leaves no room in the model's context.
@@ -54,12 +61,24 @@ class LocalEngine:
             for request, most in zip(requests, room, strict=True)
         ]
         writer, fitting = Writer(self.model.tokenizer, sampling), [g for g in groups if isinstance(g, Group)]
-        with evaluating(self.model.network), self.packing.applied(), torch.inference_mode():
-            if can_decode(self.model.network):
-                _Batch(self.model, writer, self.max_rows).write(fitting)
+        with evaluating(self.model.network), self._stepping() as step, torch.inference_mode():
+            if step is not None:
+                _Batch(self.model, step, writer, self.max_rows).write(fitting)
             else:
                 write_by_transformers(self.model, fitting, writer, self.max_rows)
         return [g if isinstance(g, Failure) else tuple(writer.sample(row) for row in g.rows) for g in groups]
+
+    @contextmanager
+    def _stepping(self) -> Iterator[Step | None]:
+        """What gives the next logits, with the weights in their form for the time of the context; None where only
+        transformers can go on.
+        """
+        if can_be_lean(self.model.network, self.packing.form):
+            self.lean.refresh()
+            yield self.lean.next_logits
+        else:
+            with self.packing.applied():
+                yield partial(next_logits, self.model.network) if can_decode(self.model.network) else None
 
     def _room(self, request: Request, sampling: Sampling) -> int | Failure:
         """The longest answer, in tokens."""
@@ -91,8 +110,8 @@ def _refuse_senseless(sampling: Sampling) -> None:
 class _Batch:
     """All answers of a call. `active` are in the making, each in the place of its number; `waiting` not yet begun."""
 
-    def __init__(self, model: Model, writer: Writer, max_rows: int) -> None:
-        self.model, self.writer, self.max_rows = model, writer, max_rows
+    def __init__(self, model: Model, step: Step, writer: Writer, max_rows: int) -> None:
+        self.model, self.step, self.writer, self.max_rows = model, step, writer, max_rows
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
 
@@ -104,7 +123,7 @@ class _Batch:
             self._make_room()
             self._admit()
             if any(not row.ended for row in self.active):
-                self._step()
+                self._go_on()
 
     def _make_room(self) -> None:
         """Lets go of answers that have ended, once they are many or others wait for their places."""
@@ -138,7 +157,7 @@ class _Batch:
             for place, i in enumerate(members):
                 unread[i].keys, unread[i].first_logits = keys.of(place), logits[place]
 
-    def _step(self) -> None:
+    def _go_on(self) -> None:
         """One more token for each active answer; those that have ended stay as they are."""
         device = self.model.device
         lengths = [len(row.tokens) - 1 for row in self.active]
@@ -151,7 +170,7 @@ class _Batch:
             self.model.dtype,
         )
         last = torch.tensor([row.tokens[-1] for row in self.active], device=device)
-        self.writer.extend(self.active, next_logits(self.model.network, last, decoding))
+        self.writer.extend(self.active, self.step(last, decoding))
 
     def _prompts(self) -> list[tuple[slice, PromptPairs]]:
         """Which rows go on from which prompt."""
