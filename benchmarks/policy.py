@@ -72,7 +72,7 @@ def luthier_step(given: argparse.Namespace) -> Result:
         model = load(MODEL, dtype=given.dtype)
         prepared = prepare_data(settings, model, folder)
         adapters = prepare_network(settings, model)
-        tokens = FIRST_MICRO_BATCH_TOKENS[model.device.type]
+        tokens = given.micro_batch_tokens or FIRST_MICRO_BATCH_TOKENS[model.device.type]
         run = make_run("grpo", settings, model, prepared, folder, adapters=adapters, micro_batch_tokens=tokens)
         lines = [train_step(run) for _ in range(given.steps)]
     return {
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="the longest answer")
     parser.add_argument("--prompt-tokens", type=int, default=200, help="of the memory part")
     parser.add_argument("--beta", type=float, default=0.0, help="weight of the divergence; 0 as in TRL")
+    parser.add_argument("--micro-batch-tokens", type=int, help="Luthier's; by default as many as a run has that fits")
     parser.add_argument("--weights", default="auto", help="Luthier's rollout_weights")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1)

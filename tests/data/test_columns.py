@@ -44,6 +44,13 @@ def test_pieces_hold_every_answer_once_and_fit(length: int, answers: list[list[i
     assert sum(collate([piece]).count("sequences") for piece in found) == len(answers)
 
 
+def test_pieces_are_as_alike_as_can_be() -> None:
+    """Eight answers of 9 tokens and a prompt of 4: seven would fit, and 7 + 1 takes more memory than 4 + 4."""
+    whole = group(4, [[number] * 9 for number in range(8)])
+    assert [len(piece.sequences) for piece in pieces(whole, 4 + 7 * 9)] == [4, 4]
+    assert [len(piece.sequences) for piece in pieces(whole, 4 + 3 * 9)] == [3, 3, 2]
+
+
 @given(st.integers(1, 4), ANSWERS)
 def test_a_group_that_fits_is_not_cut(length: int, answers: list[list[int]]) -> None:
     whole = group(length, answers)

@@ -53,6 +53,17 @@ def test_fp16_is_the_product_with_the_weight_rounded_to_float16(count: int, size
     torch.testing.assert_close(PackedLinear(dense, "fp16")(x).double(), expected, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("size", [512, 513, 576, 640, 641, 1088])
+def test_fp16_keeps_the_little_of_a_block_of_512_inputs_as_it_is(size: int) -> None:
+    """For up to 128 of a begun block, the others are rounded."""
+    dense, x = layer(40, size, bias=True), rows(5, size)
+    kept = size % 512 if size % 512 <= 128 else 0
+    rounded = torch.cat([dense.weight[:, : size - kept].half().double(), dense.weight[:, size - kept :].double()], 1)
+    expected = x.double() @ rounded.T + dense.bias.double()
+    bound = 1e-6 * float((x.abs() @ dense.weight.abs().T).max() + 4)
+    torch.testing.assert_close(PackedLinear(dense, "fp16")(x).double(), expected, rtol=0, atol=bound)
+
+
 @given(st.integers(1, MOST_ROWS), st.integers(1, 70), st.booleans())
 def test_int8_holds_each_weight_to_half_a_step(size: int, out: int, bias: bool) -> None:
     """Seen by inputs of one 1 each, which bfloat16 holds exactly. A step is 1/127 of the largest weight of the row."""

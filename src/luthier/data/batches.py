@@ -6,6 +6,7 @@ now. The order of the data is a function of the seed and the epoch, so the conte
 steps before it: that is what makes a resumed run the same run.
 """
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
@@ -206,18 +207,29 @@ def cut(items: Sequence[Item], micro_batch_tokens: int | None, *, packing: bool 
     return [collate([items[i] for i in members]) for members in bins]
 
 
-def pieces(group: TokenGroup, most_tokens: int) -> Iterator[TokenGroup]:
+def pieces(group: TokenGroup, most_tokens: int) -> list[TokenGroup]:
     """The group, or as many groups of its answers as it takes for none to be longer; each has the prompt anew.
 
-    For answers that no loss compares with each other.
+    As few as can be in the answers' order, and of these the ones whose longest is shortest. For answers that no loss
+    compares with each other.
     """
-    members: list[TokenSequence] = []
+    found = _filled(group, most_tokens)
+    if len(found) == 1:
+        return found
+    shortest = bisect.bisect_left(range(most_tokens), True, key=lambda most: len(_filled(group, most)) <= len(found))
+    return _filled(group, shortest)
+
+
+def _filled(group: TokenGroup, most_tokens: int) -> list[TokenGroup]:
+    """Pieces that are full one after the other; one answer is a piece at any length."""
+    found: list[tuple[TokenSequence, ...]] = []
     for sequence in group.sequences:
-        if members and len(TokenGroup((*members, sequence))) > most_tokens:
-            yield TokenGroup(tuple(members))
-            members = []
-        members.append(sequence)
-    yield TokenGroup(tuple(members))
+        joined = (*found[-1], sequence) if found else ()
+        if joined and len(TokenGroup(joined)) <= most_tokens:
+            found[-1] = joined
+        else:
+            found.append((sequence,))
+    return [TokenGroup(members) for members in found]
 
 
 class Plan(Protocol):

@@ -60,7 +60,8 @@ class _Product:
         layers: list[Any] = [bare(place) for place in places]
         self.places, self.made_of = places, _made_of(places)
         self.sizes = [layer.out_features for layer in layers]
-        self.multiply = PACKED[form](torch.cat([layer.weight.detach() for layer in layers]), _biases(layers))
+        weights = [layer.weight.detach() for layer in layers]
+        self.multiply = PACKED[form](weights[0] if len(weights) == 1 else torch.cat(weights), _biases(layers))
         self.a: Tensor | None = None
         self.b: Tensor | None = None
 

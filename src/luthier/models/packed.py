@@ -27,6 +27,7 @@ from luthier.kernels.linear import has_onednn, whole_product
 __all__ = ["PACKED", "Packing", "can_pack", "versions_of"]
 
 MOST_ROWS = 64  # for more, a product is bound by its operations, and the dense layer is as fast
+_BLOCK = 512  # inputs
 _INT8_MULTIPLE = 32  # inputs; for others the kernel reads beyond the weight
 
 
@@ -68,8 +69,22 @@ class PackedLinear(nn.Module):
 
 
 def _by_float16(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    stored = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), stored)
+    """FBGEMM stores a begun block of inputs whole, so what is little of one is kept as it is: of 576 inputs, 64."""
+    num_packed = weight.shape[1] // _BLOCK * _BLOCK
+    if not num_packed or weight.shape[1] - num_packed > _BLOCK // 4:
+        num_packed = weight.shape[1]
+    wide = None if bias is None else bias.float()
+    stored = torch.ops.quantized.linear_prepack_fp16(weight[:, :num_packed].float().contiguous(), wide)
+    if num_packed == weight.shape[1]:
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), stored)
+    others = weight[:, num_packed:].T.float().contiguous()
+
+    def multiply(x: Tensor) -> Tensor:
+        x = x.float()
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x[:, :num_packed].contiguous(), stored)
+        return product.addmm_(x[:, num_packed:], others)
+
+    return multiply
 
 
 def _by_int8(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
