@@ -150,7 +150,8 @@ def luthier_decode(given: argparse.Namespace) -> Result:
     """Tokens a second of `--group` answers to one prompt; the model and its packed weights are there already."""
     keep_freed_memory()
     model = load(MODEL, dtype=given.dtype)
-    engine = LocalEngine(model, weights="dense" if given.weights == "auto" else given.weights, max_rows=given.group)
+    weights = "dense" if given.weights == "auto" else given.weights
+    engine = LocalEngine(model, weights=weights, max_rows=given.group, fixed=True)
     request = request_for(model, Chat((Message("user", prompts_of(1)[0]),)), count=given.group)
     if given.part == "memory":
         request = Request(_long_prompt(given.prompt_tokens), given.group)
@@ -260,7 +261,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="the longest answer")
     parser.add_argument("--prompt-tokens", type=int, default=200, help="of the memory part")
     parser.add_argument("--beta", type=float, default=0.0, help="weight of the divergence; 0 as in TRL")
-    parser.add_argument("--micro-batch-tokens", type=int, help="Luthier's; by default as many as a run has that fits")
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=0, help="Luthier's; 0 for as many as a run starts with"
+    )
     parser.add_argument("--weights", default="auto", help="Luthier's rollout_weights")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1)

@@ -129,6 +129,13 @@ def test_what_is_trained_or_written_into_is_stored_anew(tiny: Factory) -> None:
     layer.weight.requires_grad_(True)
     layer.weight.data.mul_(0.5)  # which leaves no trace, as a fused optimizer does not
     near(leanly(model, lean=lean), by_modules(model))
+    stored, kept = dict(lean.products), Lean(model, "fp16", fixed=True)
+    leanly(model, lean=lean)
+    assert {name for name in stored if lean.products[name] is not stored[name]} == {"0.down"}
+    leanly(model, lean=kept)
+    stored = dict(kept.products)
+    leanly(model, lean=kept)
+    assert kept.products == stored
 
 
 def test_bfloat16_and_int8_are_as_near_as_their_numbers(tiny: Factory) -> None:

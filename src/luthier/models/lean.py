@@ -67,9 +67,13 @@ class _Product:
 
     @property
     def is_current(self) -> bool:
-        """Whether the weights are those that it was made of, and are not trained: a fused optimizer leaves no trace."""
-        frozen = not any(p.requires_grad for place in self.places for p in bare(place).parameters())
-        return frozen and self.made_of == _made_of(self.places)
+        """Whether nothing was written into the weights since this was made of them."""
+        return self.made_of == _made_of(self.places)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimizer may write into them, of which a fused one leaves no trace."""
+        return any(p.requires_grad for place in self.places for p in bare(place).parameters())
 
     def read_adapters(self) -> None:
         """Takes the factors as they are now: A of all layers one below the other, B in blocks along a diagonal."""
@@ -146,16 +150,16 @@ class _Layer:
 class Lean:
     """`next_logits` of a network for which `can_be_lean` holds."""
 
-    def __init__(self, network: PreTrainedModel, form: str) -> None:
-        """form: of PACKED."""
-        self.network, self.form = network, form
+    def __init__(self, network: PreTrainedModel, form: str, *, fixed: bool = False) -> None:
+        """form: of PACKED. fixed: nobody trains the network, whatever of it could be."""
+        self.network, self.form, self.fixed = network, form, fixed
         self.body: Any = decoder(network)[1]
         self.products: dict[str, _Product] = {}
 
     def refresh(self) -> None:
         """Stores weights that are not stored yet, or were written into, and takes adapters as they are now."""
         places = self._places()
-        missing = [name for name in places if name not in self.products or not self.products[name].is_current]
+        missing = [name for name in places if not self._has(name)]
         with torch.inference_mode(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
             made = pool.map(lambda name: _Product(places[name], self.form), missing)
             self.products |= dict(zip(missing, made, strict=True))
@@ -166,6 +170,10 @@ class Lean:
             for i, layer in enumerate(self.body.layers)
         ]
         self.norm = _Norm.of(self.body.norm)
+
+    def _has(self, name: str) -> bool:
+        product = self.products.get(name)
+        return product is not None and product.is_current and (self.fixed or not product.is_trained)
 
     def _places(self) -> dict[str, list[nn.Module]]:
         found: dict[str, list[nn.Module]] = {"head": [self.network.get_output_embeddings()]}

@@ -112,11 +112,13 @@ FORMS = {"dense": _dense, **PACKED}
 class Packing:
     """A network's linear layers in one form. What is frozen is stored once and kept for the next time."""
 
-    def __init__(self, network: PreTrainedModel, form: str) -> None:
-        """form: dense, or one of PACKED. Raises RecipeError where this form cannot be had."""
+    def __init__(self, network: PreTrainedModel, form: str, *, fixed: bool = False) -> None:
+        """form: dense, or one of PACKED. fixed: nobody trains the network, whatever of it could be. Raises RecipeError
+        where this form cannot be had.
+        """
         if form != "dense":
             _refuse(network, form)
-        self.network, self.form = network, form
+        self.network, self.form, self.fixed = network, form, fixed
         self.kept: dict[str, PackedLinear] = {}
 
     @contextmanager
@@ -158,7 +160,8 @@ class Packing:
         """Not what is trained, for PyTorch's fused optimizer leaves no trace of what it writes; nor in the dense form,
         where making costs nothing, and what is made of merged weights would hold on to them.
         """
-        return self.form in PACKED and not any(parameter.requires_grad for parameter in layer.parameters())
+        trained = not self.fixed and any(parameter.requires_grad for parameter in layer.parameters())
+        return self.form in PACKED and not trained
 
 
 def _by_onednn(network: PreTrainedModel) -> bool:

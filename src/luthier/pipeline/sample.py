@@ -110,7 +110,8 @@ def _sampling(settings: AnswerSampling) -> Sampling:
 def _engine(settings: AnswerSampling, model: Model) -> Engine:
     if settings.server is not None:
         return server_engine(settings.server, model.tokenizer)
-    return LocalEngine(model, weights=weights_of(settings, model.network), max_rows=settings.rollout_rows)
+    weights = weights_of(settings, model.network)
+    return LocalEngine(model, weights=weights, max_rows=settings.rollout_rows, fixed=True)
 
 
 def _finished(settings: AnswerSampling, sampled: SampledPrompts, reading: Reading) -> SampleCounts:

@@ -39,15 +39,17 @@ _ENDED_SHARE = 0.25  # of the rows, from which on the others move together
 class LocalEngine:
     """Samples answers from a model."""
 
-    def __init__(self, model: Model, *, weights: str = "dense", max_rows: int = 32) -> None:
+    def __init__(self, model: Model, *, weights: str = "dense", max_rows: int = 32, fixed: bool = False) -> None:
         """weights: how linear layers are stored meanwhile: dense, or on a CPU fp16 or int8, which are faster and answer
         from a slightly other distribution than the model's; the log-probabilities are those of that distribution.
-        max_rows: answers at once. Raises RecipeError where the weights cannot be had in this form.
+        max_rows: answers at once. fixed: nobody trains the model, so what is stored is kept. Raises RecipeError where
+        the weights cannot be had in this form.
         """
         if max_rows < 1:
             raise RecipeError(f"max_rows: {max_rows} answers at once are none; set 1 or more")
         self.model, self.max_rows = model, max_rows
-        self.packing, self.lean = Packing(model.network, weights), Lean(model.network, weights)
+        self.packing = Packing(model.network, weights, fixed=fixed)
+        self.lean = Lean(model.network, weights, fixed=fixed)
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Sample, ...] | Failure]:
         """For each request its answers; a Failure for a prompt that is empty or leaves no room in the model's context.
