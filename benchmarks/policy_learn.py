@@ -56,7 +56,8 @@ def of_task(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         pairs, train, held_out = persona(given.seed)
         of_model = {"data": written(pairs, folder / "pairs.jsonl"), "learning_rate": 1e-3, "batch_size": 8}
         run(folder / "reward", "reward", {**of_model, "dtype": given.dtype, "seed": given.seed})
-        own = {"reward": {"type": "model", "model": str(folder / "reward" / "model")}, "max_new_tokens": 4}
+        beside = str(folder / "reward" / "00-reward" / "adapter")  # the policy's weights are the reward model's too
+        own = {"reward": {"type": "model", "adapter": beside}, "max_new_tokens": 4}
     files = {"data": written(train, folder / "train.jsonl"), "eval_data": written(held_out, folder / "held_out.jsonl")}
     return {**files, **own}
 
