@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from luthier.adapters.peft_files import CONFIG, OWN_FIELD, WEIGHTS, opened, read
 from luthier.adapters.targets import Linear, named_places
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AnyAdapter
+from luthier.recipe.training import DType
 
 __all__ = ["SavedAdapter", "load_adapter", "read_adapter", "save_adapter"]
 
@@ -91,7 +92,7 @@ class SavedAdapter:
     base_model: str | None = None
     base_sha256: str | None = None
     quantize_base: str | None = None
-    base_dtype: Literal["bf16", "fp32"] = "fp32"
+    base_dtype: DType = "fp32"
     rank: int | None = None
 
     def build(self, network: nn.Module) -> list[Adapter]:
@@ -179,7 +180,7 @@ def read_adapter(folder: Path, *, rank: int | None = None) -> SavedAdapter:
         base_model=config.get("base_model_name_or_path"),
         base_sha256=said.get(_BASE_HASH),
         quantize_base=said.get(_QUANTIZED),
-        base_dtype="bf16" if said.get(_BASE_TYPE) == "bf16" else "fp32",
+        base_dtype=next((word for word in get_args(DType) if word == said.get(_BASE_TYPE)), "fp32"),
         rank=rank_to_serve(settings, rank, said.get(_RANK)),
     )
 

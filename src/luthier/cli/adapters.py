@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 from rich.console import Console
@@ -12,6 +12,7 @@ from luthier.adapters.fuse_saved import fuse_saved
 from luthier.adapters.fusion import FUSIONS
 from luthier.pipeline.adapter_costs import AdapterCost, adapter_costs
 from luthier.recipe.adapters import ADAPTER_SETTINGS
+from luthier.recipe.training import DType
 
 __all__ = ["command"]
 
@@ -23,7 +24,7 @@ def command(word: str) -> click.Command:
     @click.option("--model", default="smollm2-135m", show_default=True, help="The model that would be adapted.")
     @click.option("--type", "types", multiple=True, type=click.Choice(list(ADAPTER_SETTINGS)), help="Only this type.")
     @click.option("--r", type=click.IntRange(1), help="The rank, for all but vera. [default: each its own]")
-    @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp32"]))
+    @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(get_args(DType)))
     @click.option("--tokens", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a step.")
     @click.option("--repeats", default=5, show_default=True, type=click.IntRange(0), help="Steps timed; 0 times none.")
     @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -33,7 +34,7 @@ def command(word: str) -> click.Command:
         model: str,
         types: tuple[str, ...],
         r: int | None,
-        dtype: Literal["bf16", "fp32"],
+        dtype: DType,
         tokens: int,
         repeats: int,
         as_json: bool,

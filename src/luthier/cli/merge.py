@@ -1,7 +1,7 @@
 """`luthier merge`: an adapter written into its model's weights."""
 
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 
@@ -9,6 +9,7 @@ from luthier.adapters.peft_format import read_adapter
 from luthier.errors import AdapterError, ModelError
 from luthier.models.merge import merge_into
 from luthier.models.sources import ResolvedSource, resolve
+from luthier.recipe.training import DType
 
 __all__ = ["command"]
 
@@ -21,7 +22,7 @@ def command(word: str) -> click.Command:
     @click.option("--adapter", required=True, type=click.Path(path_type=Path), help="The adapter's folder.")
     @click.option("--output", required=True, type=click.Path(path_type=Path), help="The folder of the merged model.")
     @click.option("--rank", type=click.IntRange(1), help="The rank to merge at, of a DyLoRA. [default: as saved]")
-    @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), help="Of the merged weights. [default: as stored]")
+    @click.option("--dtype", type=click.Choice(get_args(DType)), help="Of the merged weights. [default: as stored]")
     @click.option(
         "--verify/--no-verify",
         default=True,
@@ -33,7 +34,7 @@ def command(word: str) -> click.Command:
         adapter: Path,
         output: Path,
         rank: int | None,
-        dtype: Literal["bf16", "fp32"] | None,
+        dtype: DType | None,
         verify: bool,
     ) -> None:
         source = resolve(model) if model else _base_of(adapter)

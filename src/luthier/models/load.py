@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +29,7 @@ from luthier.models.attention import ATTENTION, register_attention, supports_rag
 from luthier.models.quiet import quiet
 from luthier.models.sources import ResolvedSource, resolve
 from luthier.models.stops import generation_config
+from luthier.recipe.training import DType
 
 __all__ = [
     "DTYPES",
@@ -44,7 +45,7 @@ __all__ = [
     "refuse_other_head",
 ]
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[DType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 HEAD = "score"
 """The name of a reward model's head in its network, as nearly all of transformers' classes have it."""
@@ -79,7 +80,7 @@ class Model:
 def load(
     name: str = "smollm2-135m",
     *,
-    dtype: Literal["bf16", "fp32"] = "fp32",
+    dtype: DType = "fp32",
     device: str | torch.device | None = None,
     attention: str | None = None,
     environment: Mapping[str, str] = os.environ,
@@ -97,7 +98,7 @@ def load(
 def load_either(
     name: str,
     *,
-    dtype: Literal["bf16", "fp32"] = "fp32",
+    dtype: DType = "fp32",
     device: str | torch.device | None = None,
     attention: str | None = None,
     environment: Mapping[str, str] = os.environ,
@@ -114,7 +115,7 @@ def default_device() -> torch.device:
 def outline(
     name: str,
     *,
-    dtype: Literal["bf16", "fp32"] = "fp32",
+    dtype: DType = "fp32",
     either: bool = False,
     environment: Mapping[str, str] = os.environ,
 ) -> Model:
@@ -176,7 +177,7 @@ def _refuse_rewards(source: ResolvedSource) -> None:
 def _loaded(
     source: ResolvedSource,
     *,
-    dtype: Literal["bf16", "fp32"],
+    dtype: DType,
     device: str | torch.device | None,
     attention: str | None,
 ) -> Model:
@@ -236,7 +237,15 @@ def _network(
             f"{source.folder}: its weights lack {len(unfilled)} tensors of a {type(network).__name__}, the first "
             f"{unfilled[0]}; it is damaged or another kind of model"
         )
+    if overflown := [name for name, p in network.named_parameters() if p.dtype == torch.float16 and not _is_finite(p)]:
+        raise ModelError(
+            f"{source.folder}: {overflown[0]} has numbers that fp16 cannot hold; load it with dtype bf16 or fp32"
+        )
     return network
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -35,11 +34,12 @@ from luthier.models.certificate import Certificate, certify, fits_in_memory
 from luthier.models.heads import head_outline, padded_for, trains_head
 from luthier.models.load import DTYPES, HEAD, config_of, gives_rewards, network_class
 from luthier.models.quiet import quiet
-from luthier.models.save import check_replaceable, write_settings
+from luthier.models.save import check_replaceable, rounded, write_settings
 from luthier.models.sources import ResolvedSource
 from luthier.models.stops import generation_config
 from luthier.models.weights import LazyTensor, read_weights, write_weights
 from luthier.quant.linear import round_trip
+from luthier.recipe.training import DType
 
 __all__ = ["Merged", "merge_into"]
 
@@ -74,7 +74,7 @@ def merge_into(
     adapter: Path,
     destination: str | Path,
     *,
-    dtype: Literal["bf16", "fp32"] | None = None,
+    dtype: DType | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     verify: bool = False,
     rank: int | None = None,
@@ -227,7 +227,7 @@ class _Merging:
             return tensor
         values = partial(self._values, tensor, dtype) if layer is None else partial(self._merge, layer, tensor, dtype)
         shape = tensor.shape if layer is None else layer.adapter.merged_shape(tensor.shape)
-        return LazyTensor(tensor.name, dtype, shape, lambda: _bytes(values().to(_FLOATS[dtype])))
+        return LazyTensor(tensor.name, dtype, shape, lambda: _bytes(rounded(values(), _FLOATS[dtype], tensor.name)))
 
     def _merge(self, layer: _Layer, part: LazyTensor, dtype: str) -> Tensor:
         """A layer's weight or bias with the adapter in it; a bias costs a second merge, and no memory in between."""
@@ -301,7 +301,7 @@ def _write_settings(
     source: ResolvedSource,
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dtype: str | None,
+    dtype: DType | None,
 ) -> None:
     stored = (source.folder / "generation_config.json").is_file()
     given = GenerationConfig.from_pretrained(source.folder) if stored else network.generation_config

@@ -7,7 +7,7 @@ others, and its reward is read off its last token. So the folder of a reward mod
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from luthier.models.adapted import put_on
 from luthier.models.heads import score_rewards, trains_head, with_head
 from luthier.models.load import Model, config_of, gives_rewards, load_either
 from luthier.models.sources import resolve
+from luthier.recipe.training import DType
 
 __all__ = ["load_reward", "rewards", "step_rewards"]
 
@@ -35,7 +36,7 @@ def load_reward(
     *,
     adapter: Path | str | None = None,
     rank: int | None = None,
-    dtype: Literal["bf16", "fp32"] = "fp32",
+    dtype: DType = "fp32",
     device: str | torch.device | None = None,
     attention: str | None = None,
     environment: Mapping[str, str] = os.environ,

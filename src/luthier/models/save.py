@@ -6,7 +6,6 @@ is not a model's file is refused, so that nothing of the user's is ever deleted.
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +18,9 @@ from luthier.files import written_whole
 from luthier.models.load import DTYPES, Model
 from luthier.models.quiet import quiet
 from luthier.models.stops import generation_config
+from luthier.recipe.training import DType
 
-__all__ = ["check_replaceable", "save", "write_settings"]
+__all__ = ["check_replaceable", "rounded", "save", "write_settings"]
 
 _MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "merges.txt", "tokenizer.model", "vocab.txt")
 
@@ -29,7 +29,7 @@ def save(
     model: Model,
     folder: str | Path,
     *,
-    dtype: Literal["bf16", "fp32"] | None = None,
+    dtype: DType | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Writes the model so that loading it gives equal weights and token ids; tied weights are stored once.
@@ -88,9 +88,18 @@ def write_settings(
     config.save_pretrained(folder)
 
 
+def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in this type. Raises ModelError where its numbers are too great for float16."""
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
+        raise ModelError(f"{name} has numbers that fp16 cannot hold; choose dtype bf16 or fp32")
+    return result
+
+
 def _converted(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Every floating tensor in this type; tensors that share memory still do, so that they are stored once."""
     converted = {
-        tensor.data_ptr(): tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in state.values()
+        tensor.data_ptr(): rounded(tensor, dtype, name) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
     }
     return {name: converted[tensor.data_ptr()] for name, tensor in state.items()}

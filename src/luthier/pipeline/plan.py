@@ -50,6 +50,7 @@ SMALLEST_MICRO_BATCH_TOKENS = 64
 # share of the activations; glibc before 2.38 cannot use a freed aligned block for the same size again.
 HOLES = {"fp32": {"one micro-batch": 0.0, "several": 0.5}, "bf16": {"one micro-batch": 0.3, "several": 0.3}}
 BESIDE_BYTES = {"fp32": 260 * 10**6, "bf16": 200 * 10**6}  # libraries that training imports, and compiled products
+HOLES["fp16"], BESIDE_BYTES["fp16"] = HOLES["bf16"], BESIDE_BYTES["bf16"]  # those of bf16: not measured
 HOLES_ON_GPU = 0.05
 
 
@@ -268,11 +269,12 @@ def _candidates(settings: Training, smallest_tokens: int) -> Iterator[tuple[str,
     if settings.adapter is not None and settings.quantize_base is None:
         yield "quantize_base: nf4", {"quantize_base": "nf4"}
     yield "gradient_checkpointing: 1", recomputed
-    together = {**recomputed, **smallest, "dtype": "bf16"}
+    dtype = "bf16" if settings.dtype == "fp32" else settings.dtype
+    together = {**recomputed, **smallest, "dtype": dtype}
     yield _in_words(together), together
     if settings.adapter is None:
         together = {**together, "adapter": LoRA(), "freeze": ()}
-        yield f"adapter: {{type: lora}}, {_in_words(recomputed)}, dtype: bf16", together
+        yield f"adapter: {{type: lora}}, {_in_words(recomputed)}, dtype: {dtype}", together
 
 
 def _in_words(update: dict[str, object]) -> str:

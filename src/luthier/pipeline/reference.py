@@ -30,6 +30,7 @@ from luthier.models.load import Model, load
 from luthier.models.quantize import quantized_as
 from luthier.models.score import evaluating, sequence_logprobs
 from luthier.models.sources import resolve
+from luthier.pipeline.live import dtype_of
 
 __all__ = ["placeholders", "referred", "with_reference"]
 
@@ -112,7 +113,7 @@ def _with_mismatched(group: TokenGroup) -> TokenGroup:
 
 
 def _other(name: str, model: Model) -> PreTrainedModel:
-    other = load(name, dtype="bf16" if model.dtype == torch.bfloat16 else "fp32", device=model.device)
+    other = load(name, dtype=dtype_of(model), device=model.device)
     if other.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise RecipeError(f"reference: {name} has other tokens than {model.source.name}; name one of its family")
     fuse(other.network)

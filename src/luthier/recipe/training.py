@@ -12,12 +12,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field, model_validator
 
 from luthier.recipe.adapters import AdapterSettings, LoRA
+from luthier.recipe.precision import DynamicScaling, LossScaling
 from luthier.recipe.problems import Problem, Problems
 from luthier.recipe.settings import Count, Names, Settings, Share, Word
 
 __all__ = ["SFT", "DType", "Format", "OnChats", "OnError", "Pretrain", "Seed", "Tracker", "Training", "usual_rate"]
 
-DType = Literal["bf16", "fp32"]
+DType = Literal["bf16", "fp16", "fp32"]
 Format = Literal["alpaca", "messages", "prompt_completion", "question_answer", "sharegpt", "text"]
 Interval = Count | Literal["epoch"] | None
 OnError = Literal["skip", "stop"]
@@ -114,6 +115,14 @@ class Training(Settings):
     )
     """The share of the steps, at the end, in which the wsd schedule lets the learning rate fall; 0.1 by default."""
 
+    optimizer: Literal["adam8bit", "adamw"] = "adamw"
+    """adamw, or adam8bit: AdamW whose moments take one byte each and not four (Dettmers et al. 2022)."""
+
+    stable_embedding: bool | None = Field(
+        default_factory=lambda fields: True if fields.get("optimizer") == "adam8bit" else None
+    )
+    """Whether adam8bit keeps the moments of embeddings, whose gradients vary most, in four bytes; yes by default."""
+
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's decay of weights a step, times the learning rate; norms, biases and embeddings are spared."""
 
@@ -132,6 +141,11 @@ class Training(Settings):
     dtype: DType = "bf16"
     """The type of the base weights and activations; what is trained and its optimizer state stay in fp32."""
 
+    loss_scaling: LossScaling | None = Field(
+        default_factory=lambda fields: DynamicScaling() if fields.get("dtype") == "fp16" else None
+    )
+    """How the loss is scaled against underflow: dynamic, the default of fp16, static, or none."""
+
     gradient_checkpointing: Annotated[bool | Annotated[int, Ge(0)], AfterValidator(int)] = 0
     """Computes every Nth layer a second time in the backward pass: less memory, more time; 0 keeps all activations."""
 
@@ -147,6 +161,18 @@ class Training(Settings):
     early_stopping: Count | None = None
     """Ends the training after so many evaluations in a row without a better loss."""
 
+    forgetting_data: Word | Names | None = None
+    """Files of general text on which the perplexity is measured at each evaluation, against forgetting."""
+
+    forgetting_tokens: Annotated[int, Ge(2)] = 8192
+    """How many tokens of forgetting_data are measured on, its first ones."""
+
+    forgetting_warn: _Positive = 0.05
+    """The share by which that perplexity may rise over the untrained model's before a warning."""
+
+    forgetting_stop: _Positive = 0.15
+    """The share by which it may rise before the training ends and goes back to the best checkpoint."""
+
     report_to: tuple[Tracker, ...] = ()
     """Where metrics go besides metrics.jsonl."""
 
@@ -158,7 +184,13 @@ class Training(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        found = [*_evaluation_problems(self), *_schedule_problems(self), *_base_problems(self)]
+        found = [
+            *_evaluation_problems(self),
+            *_schedule_problems(self),
+            *_base_problems(self),
+            *_optimizer_problems(self),
+        ]
+        found += _forgetting_problems(self)
         if self.freeze and self.adapter is not None:
             found.append(
                 Problem(("freeze",), "an adapter leaves the whole model frozen; drop freeze or set adapter: none")
@@ -228,11 +260,31 @@ def _evaluation_problems(settings: Training) -> Iterator[Problem]:
         yield Problem(("early_stopping",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
 
 
+def _forgetting_problems(settings: Training) -> Iterator[Problem]:
+    if settings.forgetting_data and not settings.eval_every:
+        yield Problem(("forgetting_data",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
+    if settings.forgetting_warn > settings.forgetting_stop:
+        yield Problem(("forgetting_warn",), "lies over forgetting_stop, where the training ends; lower it")
+    for name in ("forgetting_tokens", "forgetting_warn", "forgetting_stop"):
+        usual = type(settings).model_fields[name].default
+        if not settings.forgetting_data and getattr(settings, name) != usual:
+            yield Problem((name,), "has no effect without forgetting_data; name some general text, or drop it")
+
+
 def _base_problems(settings: Training) -> Iterator[Problem]:
     if settings.quantize_base and settings.adapter is None:
         yield Problem(("quantize_base",), "a quantized model cannot be trained itself; give it an adapter")
+    if settings.loss_scaling and settings.dtype != "fp16":
+        yield Problem(("loss_scaling",), f"{settings.dtype} has the range of gradients; drop it or set dtype: fp16")
     if not settings.quantize_base and isinstance(settings.adapter, LoRA) and settings.adapter.init == "loftq":
         yield Problem(("quantize_base",), "init: loftq makes good what quantizing takes away; set nf4 or int8")
+
+
+def _optimizer_problems(settings: Training) -> Iterator[Problem]:
+    if settings.optimizer == "adam8bit" and settings.stable_embedding is None:
+        yield Problem(("stable_embedding",), "adam8bit needs yes or no; leave it out for yes")
+    if settings.optimizer != "adam8bit" and settings.stable_embedding is not None:
+        yield Problem(("stable_embedding",), "adamw keeps all in four bytes; drop it or choose optimizer: adam8bit")
 
 
 def _schedule_problems(settings: Training) -> Iterator[Problem]:

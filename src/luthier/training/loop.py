@@ -20,9 +20,11 @@ from luthier.data.batches import Plan, TokenBatch, cut
 from luthier.errors import TrainingError
 from luthier.models.score import evaluating
 from luthier.objectives.loss import DIFFERENCES, Loss
+from luthier.recipe.precision import DynamicScaling
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, Metrics
 from luthier.training.checkpoints import Checkpoints
+from luthier.training.loss_scaling import backward, can_fall, next_scale, unscale
 from luthier.training.memory import memory_bytes
 from luthier.training.optimizers import step_if_finite
 from luthier.training.schedules import learning_rate_at
@@ -112,9 +114,11 @@ def train_step(run: Run) -> Metrics:
     torch.manual_seed(_mixed(run.settings.seed, progress.step))  # dropout's draws belong to the step
     step = Step(progress.step, num_steps, run.settings.seed)
     before_step(run.adapters, step)
-    measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective)
-    measured |= _add_penalty(run.adapters)
+    scale = progress.loss_scale_by(run.settings.loss_scaling).scale
+    measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective, scale)
+    measured |= _add_penalty(run.adapters, scale)
     rate = learning_rate_at(progress.step, num_steps, run.settings)
+    unscale(run.state.trained().values(), scale)
     measured["grad_norm"] = _optimize(run.state, rate, run.settings.max_grad_norm)
     numbers = _read(measured)
     _count_or_skip(run, numbers["grad_norm"], step)
@@ -129,6 +133,7 @@ def train_step(run: Run) -> Metrics:
         **numbers,
         **run.plan.told(progress.step - 1),
         "learning_rate": rate,
+        **({"loss_scale": scale} if run.settings.loss_scaling else {}),
         "tokens": progress.tokens,
         "seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
@@ -140,11 +145,13 @@ def step_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], obje
     """Adds the gradient of a step's mean loss to the parameters; returns the loss and the metrics, as means over
     units.
     """
-    return _read(_add_gradients(network, micro_batches, objective))
+    return _read(_add_gradients(network, micro_batches, objective, scale=1.0))
 
 
-def _add_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, Tensor]:
-    """`step_gradients` with its numbers still on the device."""
+def _add_gradients(
+    network: nn.Module, micro_batches: Sequence[TokenBatch], objective: Objective, scale: float
+) -> dict[str, Tensor]:
+    """`step_gradients` with its numbers still on the device, and the gradient that of scale * loss."""
     totals = {"loss": torch.zeros((), device=next(network.parameters()).device)}  # of a step that teaches nothing
     for batch in micro_batches:
         if not batch.count("tokens"):
@@ -152,7 +159,7 @@ def _add_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], obje
         loss = objective(network, batch)
         num_units = sum(other.count(loss.unit) for other in micro_batches)
         mean = loss.per_unit.sum() / num_units
-        mean.backward()
+        backward(mean, scale)
         _add_up(totals, {"loss": mean.detach(), **loss.kept})
     return totals
 
@@ -162,12 +169,12 @@ def _add_up(totals: dict[str, Tensor], further: dict[str, Tensor]) -> None:
         totals[name] = totals[name] + value if name in totals else value
 
 
-def _add_penalty(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Adds the gradient of what the adapters add to the loss, once a step and undivided."""
+def _add_penalty(adapters: Sequence[Adapter], scale: float) -> dict[str, Tensor]:
+    """Adds the gradient of scale * what the adapters add to the loss, once a step and undivided."""
     added = penalty(adapters)
     if added is None:
         return {}
-    added.backward()
+    backward(added, scale)
     return {"penalty": added.detach()}
 
 
@@ -197,18 +204,36 @@ def _optimize(state: TrainState, rate: float, max_grad_norm: float | None) -> Te
 
 def _count_or_skip(run: Run, grad_norm: float, step: Step) -> None:
     """What follows a step that was taken, or one that the optimizer left out."""
-    progress = run.state.progress
-    if math.isfinite(grad_norm):
+    progress, finite = run.state.progress, math.isfinite(grad_norm)
+    overflows = _adjust_scale(run, finite=finite)
+    if finite:
         progress.skipped_steps = 0
         after_step(run.adapters, step)
-        return
-    progress.skipped_steps += 1
-    logger.warning("step %d: the gradient is %s; the step is left out", progress.step + 1, grad_norm)
-    if progress.skipped_steps >= _MAX_SKIPPED_IN_A_ROW:
+    elif not overflows:
+        progress.skipped_steps += 1
+        logger.warning("step %d: the gradient is %s; the step is left out", progress.step + 1, grad_norm)
+        if progress.skipped_steps >= _MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"step {progress.step + 1}: the gradient was not finite for {progress.skipped_steps} steps in a row; "
+                "lower learning_rate, or set dtype: fp32; the last good checkpoint is kept"
+            )
+
+
+def _adjust_scale(run: Run, *, finite: bool) -> bool:
+    """The next step's scale of the loss; returns whether this step overflowed by a scale that is lower now."""
+    progress, settings = run.state.progress, run.settings.loss_scaling
+    now = progress.loss_scale_by(settings)
+    after = next_scale(now, settings, finite=finite)
+    progress.loss_scale, progress.good_steps = after.scale, after.good_steps
+    if finite or not isinstance(settings, DynamicScaling):
+        return False
+    if not can_fall(now, settings):
         raise TrainingError(
-            f"step {progress.step + 1}: the gradient was not finite for {progress.skipped_steps} steps in a row; "
-            "lower learning_rate, or set dtype: fp32; the last good checkpoint is kept"
+            f"step {progress.step + 1}: the gradient overflows fp16 with loss_scaling at its floor, {now.scale:g}; "
+            "lower learning_rate, or set dtype: bf16 or fp32; the last good checkpoint is kept"
         )
+    logger.info("step %d overflows fp16 and is left out; the loss scale is %g now", progress.step + 1, after.scale)
+    return True
 
 
 def evaluate_loss(network: nn.Module, batches: Sequence[TokenBatch], objective: Objective) -> float:

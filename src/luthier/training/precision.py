@@ -1,7 +1,7 @@
-"""Float32 masters of narrow parameters: what the optimizer updates where the network itself is bfloat16.
+"""Float32 masters of narrow parameters: what the optimizer updates where the network itself is bfloat16 or float16.
 
 Forward and backward run on the narrow parameters. As soon as a backward pass has the gradient of one, it is added to
-the float32 gradient of its master and freed: micro-batches never add up in bfloat16, and the narrow gradients never
+the float32 gradient of its master and freed: micro-batches never add up in 16 bits, and the narrow gradients never
 exist all at once. (The two uses of a tied weight within one pass are added by autograd, before anybody sees them.)
 After a step the masters are rounded into the parameters. A float32 parameter is its own master and costs nothing.
 """

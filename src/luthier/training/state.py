@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.recipe.precision import LossScaling
+from luthier.training.loss_scaling import LossScale, first_scale
 from luthier.training.precision import Precision
 
 __all__ = ["Progress", "TrainState"]
@@ -19,7 +21,8 @@ __all__ = ["Progress", "TrainState"]
 @dataclass
 class Progress:
     """Numbers that go on counting. best_loss: of the evaluations so far. stale_evaluations: since it last fell.
-    stopped_by: what a guard said when it ended the training.
+    stopped_by: what a guard said when it ended the training. loss_scale, good_steps: the next step's `LossScale`, once
+    there was a step.
     """
 
     step: int = 0
@@ -29,6 +32,14 @@ class Progress:
     skipped_steps: int = 0
     early_stopped: bool = False
     stopped_by: str | None = None
+    loss_scale: float | None = None
+    good_steps: int = 0
+
+    def loss_scale_by(self, settings: LossScaling | None) -> LossScale:
+        """By what the next step's loss is multiplied."""
+        if self.loss_scale is None:
+            return first_scale(settings)
+        return LossScale(self.loss_scale, self.good_steps)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
