@@ -20,12 +20,13 @@ from luthier.adapters.base import Adapter
 from luthier.adapters.merge import refuse_unmergeable
 from luthier.data.batches import StepPlan, cut
 from luthier.data.prepare import Prepared
-from luthier.data.sequences import TokenGroup, sequences_of
+from luthier.data.sequences import Item, TokenGroup, sequences_of
 from luthier.errors import RecipeError
 from luthier.files import write_whole
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import FREE_SETTINGS
+from luthier.pipeline.forgetting import general_text, watch_forgetting
 from luthier.pipeline.live import store_adapter
 from luthier.pipeline.manifest import rewards_of
 from luthier.pipeline.on_policy import on_rollouts, remove_others
@@ -134,9 +135,9 @@ def make_run(
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
     method = STAGES[word].method(settings)
-    checkpoints = Checkpoints(
-        folder / "checkpoints", keep_last=settings.keep_last, fingerprint=_fingerprint(settings, model, prepared)
-    )
+    general = general_text(settings, model.tokenizer)
+    fingerprint = _fingerprint(settings, model, prepared, general)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, fingerprint=fingerprint)
     run = Run(
         state=fresh_state(settings, model),
         plan=StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps),
@@ -153,17 +154,19 @@ def make_run(
     )
     if isinstance(prepared, PreparedPrompts):
         on_rollouts(run, prepared, model, folder, functions=functions)
+    if general:
+        watch_forgetting(run, general, folder)
     return run
 
 
-def _fingerprint(settings: Training, model: Model, prepared: Prepared) -> str:
+def _fingerprint(settings: Training, model: Model, prepared: Prepared, general: Sequence[Item]) -> str:
     """What must be equal for a checkpoint to be of this run: all that decides its numbers."""
-    hashed_below = {"model", "data", "eval_data"}
+    hashed_below = {"model", "data", "eval_data", "forgetting_data"}
     digest = hashlib.sha256(settings.model_dump_json(exclude={*FREE_SETTINGS, *hashed_below}).encode())
     digest.update(weights_hash(model.source.folder).encode())
     if isinstance(prepared, PreparedPrompts):
         digest.update(f"{digest_of_prompts(prepared)} {list(rewards_of(settings).values())}".encode())
-    for part in (prepared.train, prepared.evaluation):
+    for part in (prepared.train, prepared.evaluation, general):
         digest.update(f"{len(part)} sequences".encode())
         for item in part:
             if isinstance(item, TokenGroup):

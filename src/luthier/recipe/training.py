@@ -173,6 +173,18 @@ class Training(Settings):
     forgetting_stop: _Positive = 0.15
     """The share by which it may rise before the training ends and goes back to the best checkpoint."""
 
+    forgetting_data: Word | Names | None = None
+    """Files of general text on which the perplexity is measured at each evaluation, against forgetting."""
+
+    forgetting_tokens: Annotated[int, Ge(2)] = 8192
+    """How many tokens of forgetting_data are measured on, its first ones."""
+
+    forgetting_warn: _Positive = 0.05
+    """The share by which that perplexity may rise over the untrained model's before a warning."""
+
+    forgetting_stop: _Positive = 0.15
+    """The share by which it may rise before the training ends and goes back to the best checkpoint."""
+
     report_to: tuple[Tracker, ...] = ()
     """Where metrics go besides metrics.jsonl."""
 
@@ -258,6 +270,17 @@ def _evaluation_problems(settings: Training) -> Iterator[Problem]:
         yield Problem(("eval_every",), "there is nothing to evaluate on; give eval_data or eval_fraction")
     if settings.early_stopping and not settings.eval_every:
         yield Problem(("early_stopping",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
+
+
+def _forgetting_problems(settings: Training) -> Iterator[Problem]:
+    if settings.forgetting_data and not settings.eval_every:
+        yield Problem(("forgetting_data",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
+    if settings.forgetting_warn > settings.forgetting_stop:
+        yield Problem(("forgetting_warn",), "lies over forgetting_stop, where the training ends; lower it")
+    for name in ("forgetting_tokens", "forgetting_warn", "forgetting_stop"):
+        usual = type(settings).model_fields[name].default
+        if not settings.forgetting_data and getattr(settings, name) != usual:
+            yield Problem((name,), "has no effect without forgetting_data; name some general text, or drop it")
 
 
 def _forgetting_problems(settings: Training) -> Iterator[Problem]:
