@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from luthier.adapters.inject import adapter_parameters, inject
 from luthier.recipe.adapters import IA3, BitFit, DoRA, LoRA, Prompt, VeRA
 from luthier.recipe.training import Training
-from luthier.training.optimizers import decays, make_optimizer
+from luthier.training.optimizers import decays, make_optimizer, step_if_finite
 
 
 def network(*, tied: bool = False) -> LlamaForCausalLM:
@@ -94,3 +94,39 @@ def test_a_step_is_adamws() -> None:
     for name, parameter in linear.named_parameters():
         kept = 1 - 0.01 * 0.1 if name == "weight" else 1.0
         torch.testing.assert_close(parameter, nn.Parameter(before[name] * kept - 0.01 * signs[name]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stable", [True, False])
+def test_embeddings_keep_wide_moments_where_that_is_asked_for(stable: bool) -> None:
+    """An output layer of its own is no embedding."""
+    model = network()
+    optimizer = make_optimizer(model, settings(optimizer="adam8bit", stable_embedding=stable))
+    wide = [id(p) for group in optimizer.param_groups if group["wide"] for p in group["params"]]
+    assert wide == ([id(model.get_input_embeddings().weight)] if stable else [])
+
+
+def test_adam8bit_has_the_groups_of_adamw() -> None:
+    """Rates and decays of every parameter; only embeddings are set apart besides."""
+    model = network().requires_grad_(False)
+    inject(model, DoRA(r=4, lr_ratio_b=16, modules_to_save=("embed_tokens",)), seed=0)
+    found = [
+        {
+            id(p): (group["lr"], group["rate_ratio"], group["weight_decay"], group["betas"], group["eps"])
+            for group in make_optimizer(model, settings(optimizer=name)).param_groups
+            for p in group["params"]
+        }
+        for name in ("adamw", "adam8bit")
+    ]
+    assert found[0] == found[1]
+    groups = make_optimizer(model, settings(optimizer="adam8bit")).param_groups
+    assert [len(group["params"]) for group in groups if group["wide"]] == [1]
+
+
+def test_a_step_of_nothing_finite_leaves_adam8bit_as_it_is() -> None:
+    linear = nn.Linear(64, 64)
+    optimizer, before = make_optimizer(linear, settings(optimizer="adam8bit")), linear.weight.detach().clone()
+    for parameter in linear.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    step_if_finite(optimizer, torch.tensor(torch.nan))
+    assert torch.equal(linear.weight, before)
+    assert [float(values["step"]) for values in optimizer.state.values()] == [0.0, 0.0]

@@ -123,6 +123,14 @@ class Training(Settings):
     )
     """Whether adam8bit keeps the moments of embeddings, whose gradients vary most, in four bytes; yes by default."""
 
+    optimizer: Literal["adam8bit", "adamw"] = "adamw"
+    """adamw, or adam8bit: AdamW whose moments take one byte each and not four (Dettmers et al. 2022)."""
+
+    stable_embedding: bool | None = Field(
+        default_factory=lambda fields: True if fields.get("optimizer") == "adam8bit" else None
+    )
+    """Whether adam8bit keeps the moments of embeddings, whose gradients vary most, in four bytes; yes by default."""
+
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's decay of weights a step, times the learning rate; norms, biases and embeddings are spared."""
 
@@ -160,18 +168,6 @@ class Training(Settings):
 
     early_stopping: Count | None = None
     """Ends the training after so many evaluations in a row without a better loss."""
-
-    forgetting_data: Word | Names | None = None
-    """Files of general text on which the perplexity is measured at each evaluation, against forgetting."""
-
-    forgetting_tokens: Annotated[int, Ge(2)] = 8192
-    """How many tokens of forgetting_data are measured on, its first ones."""
-
-    forgetting_warn: _Positive = 0.05
-    """The share by which that perplexity may rise over the untrained model's before a warning."""
-
-    forgetting_stop: _Positive = 0.15
-    """The share by which it may rise before the training ends and goes back to the best checkpoint."""
 
     forgetting_data: Word | Names | None = None
     """Files of general text on which the perplexity is measured at each evaluation, against forgetting."""
@@ -283,17 +279,6 @@ def _forgetting_problems(settings: Training) -> Iterator[Problem]:
             yield Problem((name,), "has no effect without forgetting_data; name some general text, or drop it")
 
 
-def _forgetting_problems(settings: Training) -> Iterator[Problem]:
-    if settings.forgetting_data and not settings.eval_every:
-        yield Problem(("forgetting_data",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
-    if settings.forgetting_warn > settings.forgetting_stop:
-        yield Problem(("forgetting_warn",), "lies over forgetting_stop, where the training ends; lower it")
-    for name in ("forgetting_tokens", "forgetting_warn", "forgetting_stop"):
-        usual = type(settings).model_fields[name].default
-        if not settings.forgetting_data and getattr(settings, name) != usual:
-            yield Problem((name,), "has no effect without forgetting_data; name some general text, or drop it")
-
-
 def _base_problems(settings: Training) -> Iterator[Problem]:
     if settings.quantize_base and settings.adapter is None:
         yield Problem(("quantize_base",), "a quantized model cannot be trained itself; give it an adapter")
@@ -301,6 +286,13 @@ def _base_problems(settings: Training) -> Iterator[Problem]:
         yield Problem(("loss_scaling",), f"{settings.dtype} has the range of gradients; drop it or set dtype: fp16")
     if not settings.quantize_base and isinstance(settings.adapter, LoRA) and settings.adapter.init == "loftq":
         yield Problem(("quantize_base",), "init: loftq makes good what quantizing takes away; set nf4 or int8")
+
+
+def _optimizer_problems(settings: Training) -> Iterator[Problem]:
+    if settings.optimizer == "adam8bit" and settings.stable_embedding is None:
+        yield Problem(("stable_embedding",), "adam8bit needs yes or no; leave it out for yes")
+    if settings.optimizer != "adam8bit" and settings.stable_embedding is not None:
+        yield Problem(("stable_embedding",), "adamw keeps all in four bytes; drop it or choose optimizer: adam8bit")
 
 
 def _optimizer_problems(settings: Training) -> Iterator[Problem]:
