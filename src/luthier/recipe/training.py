@@ -123,14 +123,6 @@ class Training(Settings):
     )
     """Whether adam8bit keeps the moments of embeddings, whose gradients vary most, in four bytes; yes by default."""
 
-    optimizer: Literal["adam8bit", "adamw"] = "adamw"
-    """adamw, or adam8bit: AdamW whose moments take one byte each and not four (Dettmers et al. 2022)."""
-
-    stable_embedding: bool | None = Field(
-        default_factory=lambda fields: True if fields.get("optimizer") == "adam8bit" else None
-    )
-    """Whether adam8bit keeps the moments of embeddings, whose gradients vary most, in four bytes; yes by default."""
-
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's decay of weights a step, times the learning rate; norms, biases and embeddings are spared."""
 
@@ -286,13 +278,6 @@ def _base_problems(settings: Training) -> Iterator[Problem]:
         yield Problem(("loss_scaling",), f"{settings.dtype} has the range of gradients; drop it or set dtype: fp16")
     if not settings.quantize_base and isinstance(settings.adapter, LoRA) and settings.adapter.init == "loftq":
         yield Problem(("quantize_base",), "init: loftq makes good what quantizing takes away; set nf4 or int8")
-
-
-def _optimizer_problems(settings: Training) -> Iterator[Problem]:
-    if settings.optimizer == "adam8bit" and settings.stable_embedding is None:
-        yield Problem(("stable_embedding",), "adam8bit needs yes or no; leave it out for yes")
-    if settings.optimizer != "adam8bit" and settings.stable_embedding is not None:
-        yield Problem(("stable_embedding",), "adamw keeps all in four bytes; drop it or choose optimizer: adam8bit")
 
 
 def _optimizer_problems(settings: Training) -> Iterator[Problem]:
