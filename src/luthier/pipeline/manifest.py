@@ -1,9 +1,13 @@
-"""manifest.json: what a run was made of, so that a result can be traced to versions, data and weights."""
+"""manifest.json: what a run was made of and what came of it, so that a result can be traced, and had once more.
 
-import hashlib
+It holds the whole recipe, versions, hardware, the state of the user's repository, hashes of data, base model and
+artifacts, and how each stage's steps were cut. No path leads into it that the recipe does not name.
+"""
+
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,34 +16,64 @@ from typing import Any
 import torch
 
 from luthier.data.sources import find_files
-from luthier.files import write_whole
+from luthier.files import file_hash, write_whole
 from luthier.pipeline.reward_hashes import reward_hashes
-from luthier.recipe.document import Recipe
+from luthier.recipe.document import Recipe, dump_recipe
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.rewards import parts_of
 from luthier.recipe.training import Pretrain, Training
 
-__all__ = ["data_hashes", "rewards_of", "write_manifest"]
+__all__ = ["data_hashes", "hardware", "rewards_of", "versions", "write_manifest"]
 
 _PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+_SECONDS_FOR_GIT = 10
 
 
 def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], artifacts: Mapping[str, Any]) -> None:
-    """Writes versions, hardware, seeds, hashes of the data and of the base model, and each artifact's parent."""
+    """Writes it into the run's folder, whose stages are done."""
+    names = [f"{index:02d}-{stage.word}" for index, stage in enumerate(recipe.stages)]
     manifest = {
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "hardware": _hardware(),
-        "seeds": {f"{i:02d}-{stage.word}": stage.settings.seed for i, stage in enumerate(recipe.stages)},
+        "recipe": dump_recipe(recipe),
+        "versions": versions(),
+        "hardware": hardware(),
+        "repository": _repository(),
+        "seeds": {name: stage.settings.seed for name, stage in zip(names, recipe.stages, strict=True)},
         "base_model": dict(base),
         "data": {name: digest for stage in recipe.stages for name, digest in data_hashes(stage.settings).items()},
         "artifacts": dict(artifacts),
+        "micro_batch_tokens": {name: _said(folder / name / "plan.json", "micro_batch_tokens") for name in names},
+        "seconds": {name: _said(folder / name / "summary.json", "seconds") for name in names},
     }
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def _hardware() -> dict[str, Any]:
+def _said(file: Path, name: str) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))[name] if file.exists() else None
+
+
+def versions() -> dict[str, str]:
+    """Of what decides numbers: packages, and Python."""
+    return {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+
+
+def hardware() -> dict[str, Any]:
+    """What decides roundings: the kind of machine, its cores and GPUs, and the threads in use."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def _repository() -> dict[str, Any] | None:
+    """The commit that the current folder's git repository is at, and whether files differ from it; None without one."""
+    commit = _git("rev-parse", "HEAD")
+    return {"commit": commit, "changed": bool(_git("status", "--porcelain"))} if commit else None
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=_SECONDS_FOR_GIT)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def data_hashes(settings: Training) -> dict[str, str]:
@@ -48,15 +82,10 @@ def data_hashes(settings: Training) -> dict[str, str]:
     """
     named = [settings.data, settings.eval_data, *(settings.mix if isinstance(settings, Pretrain) else ())]
     files = {file for names in named if names is not None for file in find_files(names)}
-    return {name: _sha256(Path(name)) for name in sorted(files)} | rewards_of(settings)
+    return {name: file_hash(Path(name)) for name in sorted(files)} | rewards_of(settings)
 
 
 def rewards_of(settings: Training) -> dict[str, str]:
     """What the stage's rewards are made of, if it has any, as `reward_hashes` says."""
     parts = parts_of(settings.reward) if isinstance(settings, OnPolicy) else ()
     return {name: digest for part in parts for name, digest in reward_hashes(part).items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

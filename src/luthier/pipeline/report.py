@@ -221,7 +221,8 @@ def _recipe_table(recipe: Recipe) -> dict[str, Rows]:
 def _manifest_table(path: Path) -> dict[str, Rows]:
     """Sections of the manifest; none before the end of a run, when it is written."""
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {section.replace("_", " "): list(_flat(values)) for section, values in manifest.items()}
+    tables = {section: values for section, values in manifest.items() if isinstance(values, Mapping)}  # not the recipe
+    return {section.replace("_", " "): list(_flat(values)) for section, values in tables.items()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

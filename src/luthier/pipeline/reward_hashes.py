@@ -1,9 +1,9 @@
 """What rewards are made of besides their settings: the files and the weights that these name, as digests."""
 
-import hashlib
 from pathlib import Path
 
 from luthier.adapters.peft_files import CONFIG, WEIGHTS
+from luthier.files import file_hash
 from luthier.models.sources import resolve
 from luthier.recipe.rewards import AnyReward, FunctionReward, JsonReward, ModelReward
 
@@ -28,4 +28,4 @@ def reward_hashes(part: AnyReward) -> dict[str, str]:
 
 
 def _hashed(*files: Path) -> dict[str, str]:
-    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    return {str(file): file_hash(file) for file in files if file.is_file()}

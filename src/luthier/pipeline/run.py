@@ -13,8 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from luthier.adapters.merge import can_be_merged
+from luthier.adapters.peft_files import WEIGHTS
 from luthier.errors import CheckpointError
-from luthier.files import write_whole, written_whole
+from luthier.files import file_hash, write_whole, written_whole
 from luthier.models.load import Model, load, load_either
 from luthier.models.merge import merge_into
 from luthier.models.sources import resolve
@@ -30,7 +31,7 @@ from luthier.recipe.preference import RewardModel
 from luthier.recipe.rounds import IterativeDPO
 from luthier.training.callbacks import Callback
 
-__all__ = ["run_recipe", "run_stage"]
+__all__ = ["Listeners", "run_recipe", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +156,9 @@ def _describe(output: Path, recipe: Recipe) -> None:
     parent = f"{recipe.model}"
     for index, stage in enumerate(recipe.stages):
         name = f"{index:02d}-{stage.word}"
-        in_rounds = isinstance(stage.settings, IterativeDPO)
-        artifacts[f"{name}/adapter" if stage.settings.adapter and not in_rounds else name] = {"parent": parent}
+        adapter = output / name / "adapter" / WEIGHTS
+        made = {"sha256": file_hash(adapter)} if adapter.exists() else {}
+        artifacts[f"{name}/adapter" if made else name] = {"parent": parent, **made}
         parent = name
     if (output / "model").is_dir():
         artifacts["model"] = {"parent": parent, "sha256": weights_hash(output / "model")}
