@@ -68,7 +68,7 @@ recipes = st.builds(
     model=words,
     output=words,
     seed=st.integers(0, 2**32 - 1),
-    dtype=st.sampled_from(["bf16", "fp32"]),
+    dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
     stages=st.lists(stages, min_size=1, max_size=3).map(tuple),
 )
 unhurried = settings(deadline=None)

@@ -35,8 +35,8 @@ class Stage:
     settings: Training
 
 
-def _read_stage(value: object) -> Stage:
-    """`{"sft": {...}}` or a Stage; raises Problems."""
+def _read_stage(value: object, info: ValidationInfo) -> Stage:
+    """`{"sft": {...}}` or a Stage; raises Problems. Others of its settings depend on the recipe's dtype."""
     if isinstance(value, Stage):
         return _check_stage(value)
     if isinstance(value, str) and value in STAGE_SETTINGS:
@@ -48,7 +48,10 @@ def _read_stage(value: object) -> Stage:
         raise Problems([Problem((word,), unknown("stage", str(word), list(STAGE_SETTINGS)))])
     found = [_trespass(word, name) for name in _RECIPES_ALONE if isinstance(settings, Mapping) and name in settings]
     try:
-        stage = Stage(word, STAGE_SETTINGS[word].model_validate({} if settings is None else settings))
+        if settings is None or isinstance(settings, Mapping):
+            handed_down = {"dtype": info.data["dtype"]} if "dtype" in info.data else {}
+            settings = handed_down | dict(settings or {})
+        stage = Stage(word, STAGE_SETTINGS[word].model_validate(settings))
     except ValidationError as error:
         found += [problem.under(word) for problem in problems_in(error, settings)]
     if found:
@@ -159,7 +162,8 @@ def _trespass(word: str, name: str) -> Problem:
 def _with_defaults(stage: Stage, shared: Mapping[str, object]) -> Stage:
     """The stage with the recipe's word for all that it does not say itself."""
     missing = {name: value for name, value in shared.items() if name not in stage.settings.model_fields_set}
-    return Stage(stage.word, stage.settings.model_copy(update=missing))
+    said = {name: getattr(stage.settings, name) for name in stage.settings.model_fields_set}
+    return Stage(stage.word, type(stage.settings).model_validate(said | missing))
 
 
 def _read_text(path: FilePath) -> str:
