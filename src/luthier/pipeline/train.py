@@ -42,6 +42,7 @@ from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
 from luthier.training.checkpoints import Checkpoints
+from luthier.training.diagnosis import Diagnosis
 from luthier.training.loop import Objective, Run, fit, step_gradients
 from luthier.training.memory import keep_freed_memory, release_freed_memory
 
@@ -131,7 +132,8 @@ def make_run(
     micro_batch_tokens: int,
 ) -> Run:
     """The Run of a prepared stage: plan, optimizer, checkpoints and who listens."""
-    listeners: list[Callback] = [MetricsFile(folder / "metrics.jsonl"), *callbacks]
+    metrics, falls = folder / "metrics.jsonl", not isinstance(prepared, PreparedPrompts)
+    listeners: list[Callback] = [MetricsFile(metrics), Diagnosis(metrics, falls=falls), *callbacks]
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
     method = STAGES[word].method(settings)
