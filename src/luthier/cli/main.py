@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, on
     "merge": ("merge", "Merge an adapter into its model."),
     "data": ("data", "Look at data (preview, validate, stats), convert it, or sample it from a model."),
     "plan": ("plan", "Say how much memory a stage will take, and what to change where it does not fit."),
+    "doctor": ("doctor", "Look for what would spoil a run: on this machine, in a recipe, in data."),
     "verify": ("verify", "Show that a promise holds on your recipe: loss, resume, template."),
     "report": ("report", "Write a run's report.html, also while the run is going."),
     "models": ("models", "List the models that have a short name."),
