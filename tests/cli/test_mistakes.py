@@ -28,7 +28,7 @@ stages:
 
 ON_THE_COMMAND_LINE = {
     "rnu": 'did you mean "run"',
-    "run": "Missing argument 'RECIPE'",
+    "run": "name a recipe",
     "run recipe.yaml twice": "unexpected extra argument (twice)",
     "run --colour recipe.yaml": "--colour",
     "sft --data rows.jsonl --epohcs 3": "--epochs",
