@@ -6,14 +6,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.inject import adapter_parameters, inject
-from luthier.recipe.adapters import IA3, BitFit, DoRA, LoRA, Prompt, VeRA
+from luthier.errors import TrainingError
+from luthier.recipe.adapters import IA3, AnyAdapter, BitFit, Bottleneck, DoRA, LoRA, Prompt, VeRA
 from luthier.recipe.training import Training
 from luthier.training.optimizers import decays, make_optimizer, step_if_finite
 
 
-def network(*, tied: bool = False) -> LlamaForCausalLM:
+def network(*, tied: bool = False, num_layers: int = 1) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": num_layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied))
 
@@ -130,3 +131,43 @@ def test_a_step_of_nothing_finite_leaves_adam8bit_as_it_is() -> None:
     step_if_finite(optimizer, torch.tensor(torch.nan))
     assert torch.equal(linear.weight, before)
     assert [float(values["step"]) for values in optimizer.state.values()] == [0.0, 0.0]
+
+
+def ratios(model: nn.Module, **given: object) -> dict[str, float]:
+    groups = make_optimizer(model, settings(**given)).param_groups
+    ratio_of = {id(p): group["rate_ratio"] for group in groups for p in group["params"]}
+    return {name: ratio_of[id(p)] for name, p in model.named_parameters() if id(p) in ratio_of}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
+def test_each_layer_learns_with_a_share_of_the_next_ones_rate(optimizer: str) -> None:
+    """rate * decay^(L - i); embeddings are layer 0, what follows the last layer learns as it does."""
+    found = ratios(network(num_layers=3), layer_decay=0.5, optimizer=optimizer)
+    expected = {"model.embed_tokens": 0.125, "model.layers.0": 0.25, "model.layers.1": 0.5, "model.layers.2": 1.0}
+    for name, ratio in found.items():
+        layer = next((key for key in expected if name.startswith(f"{key}.")), None)
+        assert ratio == (expected[layer] if layer else 1.0), name
+    assert {"model.norm.weight", "lm_head.weight"} < found.keys()
+
+
+def test_a_tied_output_layer_learns_as_the_embedding_that_it_is() -> None:
+    assert ratios(network(tied=True, num_layers=2), layer_decay=0.5)["model.embed_tokens.weight"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "kind", [LoRA(r=4, lr_ratio_b=16), Bottleneck(), Prompt()], ids=["lora", "bottleneck", "prompt"]
+)
+def test_a_layers_adapters_learn_at_its_rate_times_their_own_ratio(kind: AnyAdapter) -> None:
+    """Those on no layer learn at the full rate."""
+    model = network(num_layers=2).requires_grad_(False)
+    inject(model, kind, seed=0)
+    plain, decayed = ratios(model), ratios(model, layer_decay=0.5)
+    for name, ratio in plain.items():
+        share = 0.5 if ".layers.0." in name else 1.0
+        assert decayed[name] == ratio * share, name
+    assert (plain == decayed) == (kind.type == "prompt")
+
+
+def test_what_has_no_layers_has_no_layer_decay() -> None:
+    with pytest.raises(TrainingError, match="layer_decay: Linear has no numbered layers"):
+        make_optimizer(nn.Linear(2, 2), settings(layer_decay=0.9))

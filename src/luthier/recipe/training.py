@@ -123,6 +123,9 @@ class Training(Settings):
     )
     """Whether adam8bit keeps the moments of embeddings, whose gradients vary most, in four bytes; yes by default."""
 
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Each layer learns with so many times the rate of the next, embeddings as a layer before the first; 1: alike."""
+
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's decay of weights a step, times the learning rate; norms, biases and embeddings are spared."""
 

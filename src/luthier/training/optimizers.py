@@ -16,6 +16,8 @@ from luthier.adapters.inject import rate_ratios
 from luthier.adapters.new_tokens import TokenRows
 from luthier.adapters.prefix import Prefix
 from luthier.adapters.prompt import Prompt
+from luthier.adapters.targets import decoder_blocks, named_places
+from luthier.errors import TrainingError
 from luthier.recipe.training import Training
 from luthier.training.adam8bit import Adam8bit
 from luthier.training.precision import Precision, is_narrow
@@ -79,14 +81,33 @@ def _grouped(network: nn.Module, settings: Training, masters: Precision) -> list
     otherwise.
     """
     parameters, ratios = dict(network.named_parameters()), rate_ratios(network)
+    depths = _depth_ratios(network, settings.layer_decay) if settings.layer_decay != 1 else {}
     embeddings = {id(p) for m in network.modules() if _is_embedding(m) for p in m.parameters(recurse=False)}
     groups: dict[_Kind, list[nn.Parameter]] = {}
     for name, decay in decays(network).items():
         master = masters.master(parameters[name])
         assert not is_narrow(master), f"{name} is {master.dtype} and has no master; its small updates would be lost"
         embedding = bool(settings.stable_embedding) and id(parameters[name]) in embeddings
-        groups.setdefault(_Kind(decay, ratios.get(name, 1.0), embedding), []).append(master)
+        ratio = ratios.get(name, 1.0) * depths.get(id(parameters[name]), 1.0)
+        groups.setdefault(_Kind(decay, ratio, embedding), []).append(master)
     return sorted(groups.items(), key=lambda group: group[0], reverse=True)
+
+
+def _depth_ratios(network: nn.Module, layer_decay: float) -> dict[int, float]:
+    """layer_decay^(L - i) for what belongs to layer i of L, its adapters included, by the parameter's id; embeddings
+    are layer 0, and what follows the layers (the last norm, an output layer of its own) is left out.
+    """
+    places = dict(named_places(network))
+    layers = [places[name] for name in decoder_blocks(network)]
+    if not layers:
+        raise TrainingError(f"layer_decay: {type(network).__name__} has no numbered layers; leave it out")
+    first = [module for module in network.modules() if _is_embedding(module)]
+    return {
+        id(p): layer_decay ** (len(layers) - i)
+        for i, members in enumerate([first, *([layer] for layer in layers)])
+        for module in members
+        for p in module.parameters()
+    }
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
