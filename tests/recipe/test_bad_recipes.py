@@ -69,7 +69,10 @@ BAD = {  # the recipe, and the one complaint about it
         SFT + "      freeze:\n        - a\n        - 7",
         "6: stages[0].sft.freeze[1]: expected text, got 7; put it in quotes",
     ),
-    "dtype": ("dtype: fp61\n" + SFT, '1: dtype: expected one of "bf16", "fp16", "fp32", got "fp61"; did you mean "fp16"?'),
+    "dtype": (
+        "dtype: fp61\n" + SFT,
+        '1: dtype: expected one of "bf16", "fp16", "fp32", got "fp61"; did you mean "fp16"?',
+    ),
     "whole_number": (SFT + "      epochs: 1.5", "4: stages[0].sft.epochs: expected a whole number, got 1.5"),
     "truth_for_number": (
         SFT + "      batch_size: true",
