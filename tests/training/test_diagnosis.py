@@ -69,6 +69,10 @@ def test_a_curve_that_has_fallen_and_stays_low_is_no_flat_one() -> None:
     assert not is_flat(noisy([2.0] * 60, 0.8)), "too much noise to say"
 
 
+def test_a_loss_that_leaps_at_once_has_risen_though_it_comes_back() -> None:
+    assert rises([5.0, *noisy([90 - i for i in range(40)], 0.05)])
+
+
 def test_one_rise_is_no_swinging_and_one_bad_row_no_rise() -> None:
     assert not swings(rising())
     bump = [2.0] * 50 + [9.0] + [2.0] * 50
@@ -82,7 +86,8 @@ def test_rows_are_learned_by_heart_where_only_the_training_loss_falls() -> None:
     assert not learns_by_heart(held_out[:-1], trained[:-1]), "twice is not three times"
     assert not learns_by_heart(held_out, [math.nan, 2.0, 1.5, 1.5, 1.6, 1.7]), "then it diverges"
     assert not learns_by_heart([2.2, 1.8, 1.7, 1.71, 1.72, 1.72], trained), "within the margin"
-    assert learns_by_heart([2.0, 2.1, 2.2, 2.3], [math.nan, 2.0, 1.5, 1.0]), "from the start"
+    assert not learns_by_heart([5, 50, 40, 30], [math.nan, 90, 60, 40]), "then it has diverged and comes back"
+    assert learns_by_heart([2.0, 2.1, 2.2, 2.3], [math.nan, 1.9, 1.5, 1.0]), "from the start"
 
 
 @given(left=st.floats(0, 0.9), seed=st.integers(0, 2**32 - 1))

@@ -36,11 +36,12 @@ def is_flat(losses: Sequence[float]) -> bool:
 
 
 def rises(losses: Sequence[float]) -> bool:
-    """Each of the last four blocks lies a step above the lowest block before them, a block being the median of five
-    losses, and a step the greater of a fifth of that of the first block and four deviations within blocks.
+    """Each of the last four blocks lies a step above the lowest block before them, and above the first loss of all
+    where that is lower. A block is the median of five losses, a step the greater of a fifth of the first loss and four
+    deviations within blocks.
     """
     blocks, step = _blocks(losses)
-    return len(blocks) > 4 and min(blocks[-4:]) > min(blocks[:-4]) + step
+    return len(blocks) > 4 and min(blocks[-4:]) > min(losses[0], *blocks[:-4]) + step
 
 
 def swings(losses: Sequence[float]) -> bool:
@@ -63,12 +64,12 @@ def _blocks(losses: Sequence[float]) -> tuple[list[float], float]:
     cut = [recent[end - _BLOCK : end] for end in range(len(recent) % _BLOCK + _BLOCK, len(recent) + 1, _BLOCK)]
     if not cut:
         return [], math.inf
-    return [median(block) for block in cut], max(0.2 * abs(median(losses[:_BLOCK])), 4 * median(map(stdev, cut)))
+    return [median(block) for block in cut], max(0.2 * abs(losses[0]), 4 * median(map(stdev, cut)))
 
 
 def learns_by_heart(held_out: Sequence[float], trained: Sequence[float]) -> bool:
     """The last three held-out losses are over the lowest before them, by 2% of the first, and the training loss since
-    the last evaluation is under what it was before that lowest one.
+    the last evaluation is under that lowest one, and under what it was itself before that.
 
     held_out: of each evaluation, the one before the first step among them. trained: the mean training loss between an
     evaluation and the one before it; nan before the first.
@@ -76,8 +77,8 @@ def learns_by_heart(held_out: Sequence[float], trained: Sequence[float]) -> bool
     if len(held_out) < 4:
         return False
     best = min(range(len(held_out) - 3), key=lambda index: held_out[index])
-    before = trained[max(best, 1)]
-    return min(held_out[-3:]) > held_out[best] + 0.02 * abs(held_out[0]) and trained[-1] < before
+    lowest, before = held_out[best], trained[max(best, 1)]
+    return min(held_out[-3:]) > lowest + 0.02 * abs(held_out[0]) and trained[-1] < min(lowest, before)
 
 
 def is_spike(norm: float, before: Sequence[float]) -> bool:
