@@ -54,6 +54,7 @@ def test_flags_know_their_words_defaults_and_number() -> None:
         "--data",
         "--eval-data",
         "--columns",
+        "--forgetting-data",
         "--freeze",
         "--report-to",
     }
