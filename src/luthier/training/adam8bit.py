@@ -117,7 +117,9 @@ class Adam8bit(torch.optim.Optimizer):
             maximize=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
         )
 
     def _step_narrow(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
