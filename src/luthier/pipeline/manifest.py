@@ -80,7 +80,8 @@ def data_hashes(settings: Training) -> dict[str, str]:
     """SHA-256 of every file that the stage reads its data from, and of what its rewards are made of. Raises DataError
     where a name matches no file.
     """
-    named = [settings.data, settings.eval_data, *(settings.mix if isinstance(settings, Pretrain) else ())]
+    mixed = settings.mix if isinstance(settings, Pretrain) else ()
+    named = [settings.data, settings.eval_data, settings.forgetting_data, *mixed]
     files = {file for names in named if names is not None for file in find_files(names)}
     return {name: file_hash(Path(name)) for name in sorted(files)} | rewards_of(settings)
 
