@@ -1,7 +1,8 @@
 """manifest.json: what a run was made of and what came of it, so that a result can be traced, and had once more.
 
 It holds the whole recipe, versions, hardware, the state of the user's repository, hashes of data, base model and
-artifacts, and how each stage's steps were cut. No path leads into it that the recipe does not name.
+artifacts, and how each stage's steps were cut; and nothing that differs from run to run, as times do, which stand in
+each stage's summary.json.
 """
 
 import json
@@ -41,14 +42,14 @@ def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], art
         "base_model": dict(base),
         "data": {name: digest for stage in recipe.stages for name, digest in data_hashes(stage.settings).items()},
         "artifacts": dict(artifacts),
-        "micro_batch_tokens": {name: _said(folder / name / "plan.json", "micro_batch_tokens") for name in names},
-        "seconds": {name: _said(folder / name / "summary.json", "seconds") for name in names},
+        "micro_batch_tokens": {name: _micro_batch_tokens(folder / name / "plan.json") for name in names},
     }
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def _said(file: Path, name: str) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))[name] if file.exists() else None
+def _micro_batch_tokens(plan: Path) -> Any:
+    """As the stage's memory plan decided; None for a stage without a plan of its own."""
+    return json.loads(plan.read_text(encoding="utf-8"))["micro_batch_tokens"] if plan.exists() else None
 
 
 def versions() -> dict[str, str]:
