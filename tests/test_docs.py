@@ -20,6 +20,7 @@ from luthier.recipe.document import parse_recipe
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+QUICK = "README.md", "rewards.md", "training.md"  # documents whose commands do not wait for the longer proofs
 SETS_UP = "make", "pip"  # commands that set up an environment of their own, which is not done while testing
 
 
@@ -82,7 +83,14 @@ def test_the_python_in_a_document_runs(document: Path) -> None:
     exec(code, {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("document", documents("sh", "yaml"), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [
+        path if path.name in QUICK else pytest.param(path, marks=pytest.mark.slow, id=path.name)
+        for path in documents("sh", "yaml")
+    ],
+    ids=lambda path: path.name,
+)
 def test_the_recipes_in_a_document_are_valid_and_its_commands_end_well(
     document: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

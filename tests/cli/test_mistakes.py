@@ -173,7 +173,7 @@ def test_ctrl_c_ends_a_run_in_one_sentence_and_keeps_what_it_saved(place: Path) 
     assert json.loads(saved.read_text())["progress"]["step"] >= 2
 
 
-@pytest.mark.parametrize("limit_bytes", [10_000, 40_000])
+@pytest.mark.parametrize("limit_bytes", [10_000, pytest.param(40_000, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_sentence(limit_bytes: int, place: Path) -> None:
     """A limit on a file's length stands in for it: no checkpoint fits, or checkpoints and no model."""
     run = started("run", "recipe.yaml", limit_bytes=limit_bytes)

@@ -22,6 +22,7 @@ def score(prompt, answer, row):
     return min(len(answer), 6) * (row["number"] % 3 + 1)
 """
 
+QUICK = "grpo", "ppo"  # whose resume does not wait for the longer proofs
 STAGES: dict[str, dict[str, Any]] = {
     "grpo": {"reward": "rewards.py:score", "save_every": 2, "eval_fraction": 0.25, "eval_every": 2},
     "ppo": {"save_every": 1, "minibatches": 2, "rollout_epochs": 2, "value_trunk": "own", "group_size": 2},
@@ -90,7 +91,9 @@ def left(output: str) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("word", STAGES)
+@pytest.mark.parametrize(
+    "word", [word if word in QUICK else pytest.param(word, marks=pytest.mark.slow) for word in STAGES]
+)
 @pytest.mark.usefixtures("place")
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(word: str, speaker: Path) -> None:
     """Weights, optimizer, rollouts and metrics; stopped between checkpoints, within a rollout too, and twice."""

@@ -267,9 +267,9 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
     ("word", "file", "further"),
     [
         ("dpo", "hh_harmless_pairs.jsonl", {"on_error": "skip"}),
-        ("orpo", "dpo_en_sharegpt.jsonl", {}),
+        pytest.param("orpo", "dpo_en_sharegpt.jsonl", {}, marks=pytest.mark.slow),
         ("kto", "kto_en_sharegpt.jsonl", {}),
-        ("reward", "hh_harmless_pairs.jsonl", {"on_error": "skip"}),
+        pytest.param("reward", "hh_harmless_pairs.jsonl", {"on_error": "skip"}, marks=pytest.mark.slow),
     ],
 )
 def test_real_files_train_as_they_are(
