@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from luthier.quant.dynamic import dynamic_map
 from luthier.training import adam8bit
-from luthier.training.adam8bit import Adam8bit, dequantize, dynamic_map, quantize
+from luthier.training.adam8bit import Adam8bit, dequantize, quantize
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import Run, train_step
 from luthier.training.optimizers import step_if_finite

@@ -13,16 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import pad
 
+from luthier.quant.dynamic import GRID, SMALLEST, dynamic_map, in_blocks
 from luthier.quant.parts import weights_at_once
 
 __all__ = ["BLOCK", "LEVELS", "NF4", "compress_scales", "dequantize_blocks", "expand_scales", "quantize_blocks"]
 
 BLOCK = 64  # weights that share a scale
 SCALES_BLOCK = 256  # scales that share a scale of theirs
-GRID = 65535  # steps from -1 to 1 to which a scale is rounded before its code is looked up
-SMALLEST = 1e-38  # stands for a block's largest weight where all are zero
 
 LEVELS = (  # Dettmers et al. 2023, appendix E
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -68,7 +66,7 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _quantize_part(flat: Tensor) -> tuple[Tensor, Tensor]:
     full = flat.numel() % BLOCK == 0
-    blocks = _whole(flat.float(), BLOCK)
+    blocks = in_blocks(flat.float(), BLOCK)
     absmax = blocks.abs().amax(1)
     scaled = blocks * absmax.clamp(min=SMALLEST).reciprocal()[:, None]
     if not full:  # bitsandbytes divides here, which rounds otherwise than multiplying by the reciprocal
@@ -80,7 +78,7 @@ def _quantize_part(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_blocks(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """level[code] * scale. codes: packed. scales: float32 [blocks]. Both levels of a byte are looked up as one."""
-    pairs, rows = _constant("pairs", codes), _whole(codes, BLOCK // 2)
+    pairs, rows = _constant("pairs", codes), in_blocks(codes, BLOCK // 2)
     dense = codes.new_empty((rows.shape[0], BLOCK), dtype=dtype)
     num_blocks = weights_at_once(codes.device) // BLOCK
     for part, packed, scale in zip(*(t.split(num_blocks) for t in (dense, rows, scales)), strict=True):
@@ -97,7 +95,7 @@ def compress_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     get another code, whose value is nearer by a step of the grid at most.
     """
     offset = scales.mean()
-    blocks = _whole(scales - offset, SCALES_BLOCK)
+    blocks = in_blocks(scales - offset, SCALES_BLOCK)
     absmax = blocks.abs().amax(1)
     scaled = blocks * absmax.clamp(min=SMALLEST).reciprocal()[:, None]
     steps = ((scaled.clamp_(-1, 1) + 1) * 0.5 * GRID + 0.5).floor_()
@@ -109,34 +107,14 @@ def compress_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def expand_scales(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
     """The scales [blocks] in float32 that `compress_scales` stored."""
     values = _constant("dynamic", codes).index_select(0, codes.int())
-    return _whole(values, SCALES_BLOCK).mul(absmax[:, None]).add_(offset).flatten()[: codes.numel()]
-
-
-def _whole(flat: Tensor, size: int) -> Tensor:
-    """In rows of `size`, the last filled up with zeros."""
-    missing = -flat.numel() % size
-    return (pad(flat, (0, missing)) if missing else flat).view(-1, size)
-
-
-def _dynamic_map() -> Tensor:
-    """The 256 values of the dynamic 8-bit type, rising        Dettmers et al. 2022, 8-bit optimizers, section 2
-
-    A sign, the number i of leading zeros, and 6 - i bits of fraction: 10^-i times the middles of 2^(6-i) equal parts of
-    [0.1, 1]. To these come 0 and 1.
-    """
-    decades = []
-    for zeros in reversed(range(7)):
-        edges = torch.linspace(0.1, 1, 2 ** (6 - zeros) + 1, dtype=torch.float32)
-        decades.append((edges[:-1] + edges[1:]) / 2 * 10**-zeros)
-    positive = torch.cat(decades)
-    return torch.cat((-positive.flip(0), positive.new_zeros(1), positive, positive.new_ones(1)))
+    return in_blocks(values, SCALES_BLOCK).mul(absmax[:, None]).add_(offset).flatten()[: codes.numel()]
 
 
 def _constants() -> dict[str, Tensor]:
     """pairs: for each byte its two float32 levels in the 8 bytes of one int64, gathered three times as fast as rows of
     two. Bounds lie midway between values.
     """
-    levels, dynamic = torch.tensor(LEVELS, dtype=torch.float32), _dynamic_map()
+    levels, dynamic = torch.tensor(LEVELS, dtype=torch.float32), dynamic_map(signed=True)
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)
     return {
         "bounds": (levels[:-1] + levels[1:]) / 2,

@@ -13,33 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import pad
 from torch.optim.adamw import adamw
 
+from luthier.quant.dynamic import GRID, SMALLEST, dynamic_map, in_blocks
 from luthier.quant.parts import weights_at_once
 
-__all__ = ["BLOCK", "SMALLEST_NARROW", "Adam8bit", "dequantize", "dynamic_map", "quantize"]
+__all__ = ["BLOCK", "SMALLEST_NARROW", "Adam8bit", "dequantize", "quantize"]
 
 BLOCK = 2048  # values that share a scale; Dettmers et al. 2022, section 2
 SMALLEST_NARROW = 4096  # elements of the smallest parameter whose moments are narrow
-_GRID = 65535  # steps from -1 to 1 to which a value is rounded before its code is looked up
-_TINY = 1e-38  # stands for a block's largest value where all are zero
-
-
-def dynamic_map(*, signed: bool) -> Tensor:
-    """The 256 values of the dynamic 8-bit type, rising        Dettmers et al. 2022, section 2
-
-    The number i of leading zeros, and 6 - i bits of fraction (7 - i where no bit is a sign): 10^-i times the middles of
-    2^(6-i) equal parts of [0.1, 1]. To these come 0 and 1.
-    """
-    num_bits = 6 if signed else 7
-    decades = []
-    for zeros in reversed(range(7)):
-        edges = torch.linspace(0.1, 1, 2 ** (num_bits - zeros) + 1, dtype=torch.float32)
-        decades.append((edges[:-1] + edges[1:]) / 2 * 10**-zeros)
-    positive = torch.cat(decades)
-    negative = -positive.flip(0) if signed else positive[:0]
-    return torch.cat((negative, positive.new_zeros(1), positive, positive.new_ones(1)))
 
 
 def quantize(values: Tensor, *, signed: bool, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -48,10 +30,10 @@ def quantize(values: Tensor, *, signed: bool, block: int = BLOCK) -> tuple[Tenso
     values: float32 [values]; not negative where `signed` is off. Nearest is meant up to a grid of 65,536 values from -1
     to 1, as bitsandbytes' CPU library means it; what is not finite gets any code.
     """
-    blocks = _whole(values, block)
+    blocks = in_blocks(values, block)
     absmax = blocks.abs().amax(1) if signed else blocks.amax(1)
-    scaled = blocks * absmax.clamp(min=_TINY).reciprocal()[:, None]
-    steps = scaled.add_(1).mul_(_GRID / 2).add_(0.5).int().clamp_(0, _GRID)
+    scaled = blocks * absmax.clamp(min=SMALLEST).reciprocal()[:, None]
+    steps = scaled.add_(1).mul_(GRID / 2).add_(0.5).int().clamp_(0, GRID)
     codes_map = _map(signed, values)
     codes = codes_map.code_of_step.index_select(0, steps.flatten())[: values.numel()]
     return codes.masked_fill_(values == 0, codes_map.zero), absmax
@@ -60,7 +42,7 @@ def quantize(values: Tensor, *, signed: bool, block: int = BLOCK) -> tuple[Tenso
 def dequantize(codes: Tensor, absmax: Tensor, *, signed: bool, block: int = BLOCK) -> Tensor:
     """map[code] * absmax, float32 [codes]. codes: uint8 [codes]. absmax: float32 [blocks]."""
     wide = _map(signed, codes).values.index_select(0, codes.int())
-    return _whole(wide, block).mul_(absmax[:, None]).flatten()[: codes.numel()]
+    return in_blocks(wide, block).mul_(absmax[:, None]).flatten()[: codes.numel()]
 
 
 class Adam8bit(torch.optim.Optimizer):
@@ -211,7 +193,7 @@ class _Map(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> "_Map":
-        steps = torch.arange(_GRID + 1, dtype=torch.float32).mul_(2).div_(_GRID).sub_(1)
+        steps = torch.arange(GRID + 1, dtype=torch.float32).mul_(2).div_(GRID).sub_(1)
         codes = torch.bucketize(steps, (values[:-1] + values[1:]) / 2)
         return cls(values, codes.to(torch.uint8), int((values == 0).nonzero()))
 
@@ -235,9 +217,3 @@ def _map(signed: bool, beside: Tensor) -> _Map:
             zero,
         )
     return _map_on(signed, beside.device)
-
-
-def _whole(flat: Tensor, block: int) -> Tensor:
-    """In rows of a block, the last filled up with zeros."""
-    missing = -flat.numel() % block
-    return (pad(flat, (0, missing)) if missing else flat).view(-1, block)
