@@ -20,7 +20,7 @@ from luthier.pipeline.manifest import data_hashes, hardware, versions
 from luthier.pipeline.run import Listeners, run_recipe
 from luthier.pipeline.train import Summary
 from luthier.recipe.document import Recipe, parse_recipe
-from luthier.recipe.yaml_text import read_yaml
+from luthier.recipe.yaml_text import read_yaml, write_yaml
 
 __all__ = ["Manifest", "reproduce"]
 
@@ -52,13 +52,12 @@ class Manifest:
 
     def recipe(self, output: str | None = None) -> Recipe:
         """The run's recipe, with steps cut as they were. output: by default the run's own, with `-again`."""
-        text = self.content["recipe"]
-        written: Any = read_yaml(text, str(self.path)).value
-        written["output"] = output or f"{parse_recipe(text, name=str(self.path)).output}-again"
+        written: Any = read_yaml(self.content["recipe"], str(self.path)).value
+        written["output"] = output or f"{written['output']}-again"
         for stage, cut in zip(written["stages"], self.content["micro_batch_tokens"].values(), strict=True):
             for settings in stage.values():
                 settings["micro_batch_tokens"] = cut
-        return Recipe.model_validate(written)
+        return parse_recipe(write_yaml(written), name=str(self.path))
 
     def refuse_changed(self, recipe: Recipe) -> None:
         """Raises CheckpointError where the base model, data or rewards are not what the run had."""
