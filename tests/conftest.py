@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import luthier
+from luthier.training.callbacks import Callback, Metrics
 
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -30,6 +31,27 @@ hypothesis.settings.load_profile("luthier")
 def _one_thread() -> None:
     """Test processes run side by side, one a core, and tiny tensors take ten times as long on contended threads."""
     torch.set_num_threads(1)
+
+
+class _StopAt:
+    """Interrupts a run once a step is computed and not yet saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_start(self, step: int, num_steps: int) -> None: ...
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        if metrics["step"] == self.step:
+            raise KeyboardInterrupt
+
+    def on_end(self) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def stop_at() -> Callable[[int], Callback]:
+    """A callback that interrupts a run once a step, counted from 1, is computed and not yet saved."""
+    return _StopAt
 
 
 @pytest.fixture(scope="session")

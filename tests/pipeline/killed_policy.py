@@ -7,38 +7,13 @@ kills found a rollout in the making, and how many met other work.
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from itertools import count
 from pathlib import Path
 
 import torch
-from killed_recipe import MEASURED, OF_ITS_DAY, forked, fresh, kill_at_write, was_killed
-
-TIMES = {*MEASURED, "rollout/seconds", "rollout/tokens_per_second"}
-
-
-def timeless(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: timeless(inner) for name, inner in value.items() if name not in TIMES}
-    return value
-
-
-def outcome(run: Path) -> dict[str, object]:
-    """All that a run leaves behind, but for measured times: bytes or numbers by path, and where links point."""
-    found: dict[str, object] = {}
-    for path in sorted(run.rglob("*")):
-        name = str(path.relative_to(run))
-        if path.is_symlink():
-            found[name] = os.readlink(path)
-        elif path.name == "metrics.jsonl":
-            found[name] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
-        elif path.name in ("summary.json", "done.json", "rollout.json"):
-            found[name] = timeless(json.loads(path.read_text()))
-        else:
-            found[name] = path.read_bytes() if path.is_file() and path.name not in OF_ITS_DAY else "there"
-    return found
+from killed_recipe import forked, fresh, kill_at_write, outcome, was_killed
 
 
 def phase(run: Path) -> str:

@@ -27,7 +27,10 @@ from luthier.cli.main import main as luthier
 from luthier.cli.run import run_on_screen
 
 IMPORTED = (LlamaForCausalLM, PreTrainedTokenizerFast, run_on_screen)  # here already when a run is forked
-MEASURED = {"seconds", "milliseconds_per_step", "tokens_per_second", "memory_bytes"}  # differ by nature
+MEASURED = {  # differ by nature
+    *("seconds", "milliseconds_per_step", "tokens_per_second", "memory_bytes"),
+    *("rollout/seconds", "rollout/tokens_per_second"),
+}
 OF_ITS_DAY = {"report.html", "plan.json"}  # tell times, and the memory that was there
 WRITES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"}
 
@@ -87,21 +90,23 @@ def is_killed(process: int, after_seconds: float) -> bool:
     return was_killed(process)
 
 
-def without_measured(text: str) -> object:
-    return {name: value for name, value in json.loads(text).items() if name not in MEASURED}
+def without_measured(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: without_measured(inner) for name, inner in value.items() if name not in MEASURED}
+    return value
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """All that a run leaves behind, but for measured times: bytes by path, and where links point."""
+    """All that a run leaves behind, but for measured times: bytes or numbers by path, and where links point."""
     found: dict[str, object] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
         if path.is_symlink():
             found[name] = os.readlink(path)
         elif path.name == "metrics.jsonl":
-            found[name] = [without_measured(line) for line in path.read_text().splitlines()]
-        elif path.name in ("summary.json", "done.json"):
-            found[name] = without_measured(path.read_text())
+            found[name] = [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.name in ("summary.json", "done.json", "rollout.json"):
+            found[name] = without_measured(json.loads(path.read_text()))
         else:
             found[name] = path.read_bytes() if path.is_file() and path.name not in OF_ITS_DAY else "there"
     return found

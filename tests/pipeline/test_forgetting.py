@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +94,12 @@ def test_a_rise_on_the_way_is_warned_of_once(speaker: Path, caplog: pytest.LogCa
     assert "lower learning_rate or epochs" in caplog.text
 
 
-class Stop:
-    """Interrupts a run at a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_start(self, step: int, num_steps: int) -> None: ...
-
-    def on_metrics(self, metrics: Metrics) -> None:
-        if metrics["step"] == self.step:
-            raise KeyboardInterrupt
-
-    def on_end(self) -> None: ...
-
-
 @pytest.mark.usefixtures("place")
-def test_a_run_that_goes_on_compares_with_the_same_model(speaker: Path) -> None:
+def test_a_run_that_goes_on_compares_with_the_same_model(speaker: Path, stop_at: Callable[[int], Callback]) -> None:
     given = {"learning_rate": 1e-3, "epochs": 2, "save_every": 2, "forgetting_stop": 1e9}
     run("sft", speaker, "chats.jsonl", "whole", **given)
     with pytest.raises(KeyboardInterrupt):
-        run("sft", speaker, "chats.jsonl", "cut", [Stop(5)], **given)
+        run("sft", speaker, "chats.jsonl", "cut", [stop_at(5)], **given)
     base = Path("cut/forgetting.json").read_bytes()
     run("sft", speaker, "chats.jsonl", "cut", **given)
     assert Path("cut/forgetting.json").read_bytes() == base
@@ -124,10 +109,10 @@ def test_a_run_that_goes_on_compares_with_the_same_model(speaker: Path) -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_a_run_goes_on_with_no_other_start_and_no_other_text(speaker: Path) -> None:
+def test_a_run_goes_on_with_no_other_start_and_no_other_text(speaker: Path, stop_at: Callable[[int], Callback]) -> None:
     given = {"learning_rate": 1e-5, "epochs": 2, "save_every": 2}
     with pytest.raises(KeyboardInterrupt):
-        run("sft", speaker, "chats.jsonl", "run", [Stop(5)], **given)
+        run("sft", speaker, "chats.jsonl", "run", [stop_at(5)], **given)
     Path("run/forgetting.json").unlink()
     with pytest.raises(CheckpointError, match=r"forgetting\.json: cannot be read.*resume: false"):
         run("sft", speaker, "chats.jsonl", "run", **given)

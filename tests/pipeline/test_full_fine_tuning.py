@@ -1,6 +1,7 @@
 """A recipe that trains the model itself in bf16: what is saved are its float32 masters, and stages hand them on."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from luthier.pipeline.run import run_recipe
 from luthier.pipeline.verify_loss import verify_loss
 from luthier.pipeline.verify_resume import verify_resume
 from luthier.recipe import Recipe, parse_recipe
-from luthier.training.callbacks import Metrics
+from luthier.training.callbacks import Callback
 
 SFT = "sft: {data: ROWS, epochs: 2, batch_size: 4, adapter: none, save_every: 2, learning_rate: RATE}"
 
@@ -81,20 +82,13 @@ def test_a_second_stage_goes_on_from_the_masters_of_the_first(chat_model: Path, 
         assert not torch.equal(before[name], base[name])
 
 
-def test_an_interrupted_run_ends_as_the_uninterrupted_one(chat_model: Path, rows: Path, tmp_path: Path) -> None:
-    class Stop:
-        def on_start(self, step: int, num_steps: int) -> None: ...
-
-        def on_metrics(self, metrics: Metrics) -> None:
-            if metrics["step"] == 3:
-                raise KeyboardInterrupt
-
-        def on_end(self) -> None: ...
-
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(
+    chat_model: Path, rows: Path, tmp_path: Path, stop_at: Callable[[int], Callback]
+) -> None:
     run_recipe(recipe(chat_model, rows, tmp_path / "whole", SFT))
     stopped = recipe(chat_model, rows, tmp_path / "stopped", SFT)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(stopped, listeners=lambda index, stage: [Stop()])
+        run_recipe(stopped, listeners=lambda index, stage: [stop_at(3)])
     run_recipe(stopped)
     found = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert found[0] == found[1]

@@ -19,7 +19,7 @@ from luthier.pipeline.methods import next_tokens
 from luthier.pipeline.python import FUNCTIONS
 from luthier.pipeline.report import write_report
 from luthier.recipe import STAGE_SETTINGS, recipe_of, settings_from
-from luthier.training.callbacks import Metrics, read_metrics
+from luthier.training.callbacks import Callback, read_metrics
 
 FIELDS: dict[str, Any] = {
     **{"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "eval_fraction": 0.25, "save_every": 2},
@@ -70,21 +70,6 @@ def logits(model: lt.Model) -> Tensor:
     with torch.no_grad():
         result: Tensor = model.network(torch.arange(20)[None]).logits
     return result
-
-
-class Stop:
-    """Ends a run when a step is computed and not yet saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_start(self, step: int, num_steps: int) -> None: ...
-
-    def on_metrics(self, metrics: Metrics) -> None:
-        if metrics["step"] == self.step:
-            raise KeyboardInterrupt
-
-    def on_end(self) -> None: ...
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -159,12 +144,14 @@ def test_one_s_own_objective_that_is_language_modelling_is_sft(model_of: Callabl
     assert entropies[0] == pytest.approx(entropies[1])
 
 
-def test_an_interrupted_call_leaves_the_model_as_it_was_and_goes_on(model_of: Callable[..., lt.Model]) -> None:
+def test_an_interrupted_call_leaves_the_model_as_it_was_and_goes_on(
+    model_of: Callable[..., lt.Model], stop_at: Callable[[int], Callback]
+) -> None:
     whole, model = model_of(), model_of()
     lt.sft(whole, data="rows.jsonl", output="whole", **FIELDS)
     before = logits(model)
     with pytest.raises(KeyboardInterrupt):
-        lt.sft(model, data="rows.jsonl", callbacks=[Stop(3)], **FIELDS)
+        lt.sft(model, data="rows.jsonl", callbacks=[stop_at(3)], **FIELDS)
     torch.testing.assert_close(logits(model), before)
     assert not adapted_layers(model.network)
     summary = lt.sft(model, data="rows.jsonl", **FIELDS)
@@ -174,13 +161,15 @@ def test_an_interrupted_call_leaves_the_model_as_it_was_and_goes_on(model_of: Ca
 
 
 @pytest.mark.parametrize("adapter", [lt.LoRA(r=4), None])
-def test_the_second_stage_goes_on_too(model_of: Callable[..., lt.Model], adapter: lt.LoRA | None) -> None:
+def test_the_second_stage_goes_on_too(
+    model_of: Callable[..., lt.Model], adapter: lt.LoRA | None, stop_at: Callable[[int], Callback]
+) -> None:
     fields = FIELDS | {"data": "rows.jsonl", "adapter": adapter}
     model = model_of("bf16")
     lt.sft(model, **fields)
     adapted = logits(model)
     with pytest.raises(KeyboardInterrupt):
-        lt.sft(model, **fields, seed=1, callbacks=[Stop(3)])
+        lt.sft(model, **fields, seed=1, callbacks=[stop_at(3)])
     torch.testing.assert_close(logits(model), adapted, atol=2e-2, rtol=2e-2)
     lt.sft(model, **fields, seed=1)
     again = model_of("bf16")
@@ -198,12 +187,14 @@ def test_a_folder_with_another_run_is_left_alone(model_of: Callable[..., lt.Mode
         lt.sft(model_of(), data="rows.jsonl", output=Path("runs/sft"), **FIELDS | {"learning_rate": 0.02})
 
 
-def test_a_call_that_failed_before_its_first_checkpoint_frees_the_folder(model_of: Callable[..., lt.Model]) -> None:
+def test_a_call_that_failed_before_its_first_checkpoint_frees_the_folder(
+    model_of: Callable[..., lt.Model], stop_at: Callable[[int], Callback]
+) -> None:
     model = model_of()
     with pytest.raises(DataError):
         lt.sft(model, data="rows.json", output="mine", **FIELDS)
     with pytest.raises(KeyboardInterrupt):
-        lt.sft(model, data="rows.jsonl", output="mine", callbacks=[Stop(1)], **FIELDS)
+        lt.sft(model, data="rows.jsonl", output="mine", callbacks=[stop_at(1)], **FIELDS)
     lt.sft(model, data=["rows.jsonl"], output="mine", **FIELDS)
     assert len(losses("mine/00-sft")) == 6
 

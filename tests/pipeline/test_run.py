@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from luthier.errors import CheckpointError, DataError
 from luthier.models.load import load
 from luthier.pipeline.run import run_recipe
 from luthier.recipe import Recipe, parse_recipe
-from luthier.training.callbacks import read_metrics
+from luthier.training.callbacks import Callback, read_metrics
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -104,19 +105,12 @@ def test_a_second_stage_starts_from_the_merged_first(base: Path, rows: Path, tmp
     assert read_metrics(alone / "00-sft" / "metrics.jsonl")[0]["eval_loss"] == first["eval_loss"]
 
 
-def test_an_interrupted_run_ends_as_the_uninterrupted_one_bit_for_bit(base: Path, rows: Path, tmp_path: Path) -> None:
-    class Stop:
-        def on_start(self, step: int, num_steps: int) -> None: ...
-
-        def on_metrics(self, metrics: dict[str, float]) -> None:
-            if metrics["step"] == 5:
-                raise KeyboardInterrupt
-
-        def on_end(self) -> None: ...
-
+def test_an_interrupted_run_ends_as_the_uninterrupted_one_bit_for_bit(
+    base: Path, rows: Path, tmp_path: Path, stop_at: Callable[[int], Callback]
+) -> None:
     run_recipe(recipe(base, rows, tmp_path / "whole", SFT))
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(base, rows, tmp_path / "cut", SFT), listeners=lambda index, stage: [Stop()])
+        run_recipe(recipe(base, rows, tmp_path / "cut", SFT), listeners=lambda index, stage: [stop_at(5)])
     run_recipe(recipe(base, rows, tmp_path / "cut", SFT))
     for name in ("00-sft/adapter/adapter_model.safetensors", "model/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
