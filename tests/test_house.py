@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     *("cli", "serve", "pipeline", "training", "evaluate", "rollout", "models"),
-    *("adapters", "data", "quant", "objectives", "kernels", "recipe", "errors", "files"),
+    *("adapters", "data", "quant", "objectives", "kernels", "recipe", "errors", "files", "shortage"),
 )
 
 # The loop takes its objective as a callable, yet what the callable returns must have a type that both sides know.

@@ -94,7 +94,7 @@ def test_a_steps_gradient_does_not_depend_on_how_it_is_cut(
     assert len(run.cut(0)) == 1
     assert any(gradient.any() for gradient in wanted.values())
     for tokens in (40, 80):
-        plan_of(run).micro_batch_tokens = run.micro_batch_tokens = tokens
+        run.state.progress.micro_batch_tokens = tokens
         assert len(run.cut(0)) > (3 if tokens == 40 and POLICY[word].group_size > 1 else 1)
         found = gradients(run, run.cut(0))
         assert found.keys() == wanted.keys()

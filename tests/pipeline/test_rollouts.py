@@ -28,8 +28,11 @@ from luthier.rollout.engine import LocalEngine
 from luthier.rollout.requests import Engine, Request, Sample, Sampling
 from luthier.rollout.rewards import Part, Rewarder
 from luthier.rollout.scoring import Answered, Failure, Score
+from luthier.training.room import Room
+from luthier.training.state import Progress
 
 Scoring = Callable[[Answered], Score]
+Planner = Callable[..., RolloutPlan]
 
 
 def by_length(one: Answered) -> float:
@@ -94,14 +97,11 @@ def plan(chat_model: Path, tmp_path: Path) -> Callable[..., RolloutPlan]:
             *(settings, prepared, model, tmp_path / "stage"),
             engine=engine or Speaker(model.tokenizer.eos_token_id),
             rewarder=rewarder,
-            micro_batch_tokens=10**6,
+            room=Room(settings, 10**6, Progress),
             oldest_step=oldest_step,
         )
 
     return plan
-
-
-Planner = Callable[..., RolloutPlan]
 
 
 def groups_of(plan: RolloutPlan, step: int = 0) -> list[TokenGroup]:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from luthier.data.batches import collate
 from luthier.data.examples import Origin
 from luthier.data.sequences import TokenSequence
-from luthier.errors import ModelError, NetworkError, RecipeError
+from luthier.errors import MemoryPlanError, ModelError, NetworkError, RecipeError
 from luthier.kernels.decoding import Decoding
 from luthier.models.decode import can_decode
 from luthier.models.load import Model, load
@@ -305,6 +305,26 @@ def test_memory_grows_with_the_group_by_the_answers_own_keys_alone(tiny: Factory
         assert {step["prompts"] for step in seen} == {40 * 256}
         model[count] = max(step["own"] for step in seen)
     assert model == {count: count * most * 256 for count in model}
+
+
+def test_where_memory_runs_out_fewer_answers_are_made_at_once(tiny: Factory) -> None:
+    """A layer asks the allocator for more than there is as soon as over three answers go through it, for a token each."""
+    model, asked = tiny("gpt_neox"), requests((1,), counts=6)
+    expected = ids(sampled(model, asked, DRAWN))
+    engine, layer = LocalEngine(model, max_rows=6), model.network.get_submodule("gpt_neox.layers.1")
+
+    def short(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if given[0].numel() in {n * given[0].shape[-1] for n in (4, 5, 6)}:
+            torch.empty(2**56)
+
+    with layer.register_forward_pre_hook(short):
+        (answers,) = engine.sample(asked, DRAWN)
+        assert not isinstance(answers, Failure)
+        assert ids(list(answers)) == expected
+        assert engine.max_rows == 3
+        engine.max_rows, module_of_one = 1, layer.register_forward_pre_hook(lambda module, given: torch.empty(2**56))
+        with module_of_one, pytest.raises(MemoryPlanError, match="one answer in the making"):
+            engine.sample(asked, DRAWN)
 
 
 def test_a_prompts_keys_are_let_go_when_its_last_answer_ends(tiny: Factory) -> None:

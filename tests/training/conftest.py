@@ -23,7 +23,7 @@ from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
 from luthier.training.state import Progress, TrainState
 
-RUN_FIELDS = ("checkpoints", "eval_batches", "callbacks", "adapters", "objective")
+RUN_FIELDS = ("checkpoints", "eval_items", "callbacks", "adapters", "objective")
 
 
 def make_network(*, dropout: float = 0.0) -> LlamaForCausalLM:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from conftest import make_rows, make_run
-from luthier.data.batches import cut
 from luthier.training.callbacks import MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import fit
@@ -31,7 +30,7 @@ def train(folder: Path) -> None:
         eval_every=2,
         save_every=1,
         checkpoints=Checkpoints(folder / "checkpoints", keep_last=2, fingerprint="one"),
-        eval_batches=cut(make_rows(4), None),
+        eval_items=make_rows(4),
         callbacks=[MetricsFile(folder / "metrics.jsonl")],
     )
     assert run.checkpoints is not None

@@ -215,7 +215,7 @@ def test_three_left_out_in_a_row_end_the_run_with_a_reason(run_of: RunOf) -> Non
 
 def test_callbacks_hear_of_every_step_and_evaluation_in_order(run_of: RunOf, rows_of: RowsOf) -> None:
     recorder = Recorder()
-    fit(run_of(callbacks=[recorder], eval_batches=cut(rows_of(4), None), eval_fraction=0.1, eval_every=4))
+    fit(run_of(callbacks=[recorder], eval_items=rows_of(4), eval_fraction=0.1, eval_every=4))
     steps = [f"step {i}" for i in range(1, 7)]
     assert recorder.events == [
         "start 0 of 6",
@@ -305,9 +305,9 @@ def test_a_run_stops_after_so_many_evaluations_without_a_better_loss(
 ) -> None:
     """Random rows that are not trained on: learning others by heart makes them less likely."""
     recorder = Recorder()
-    unseen = cut(rows_of(8, seed=9), None)
+    unseen = rows_of(8, seed=9)
     run = run_of(
-        callbacks=[recorder], eval_batches=unseen, eval_fraction=0.1, eval_every=1, early_stopping=patience, epochs=30
+        callbacks=[recorder], eval_items=unseen, eval_fraction=0.1, eval_every=1, early_stopping=patience, epochs=30
     )
     fit(run)
     losses = [m["eval_loss"] for m in recorder.told if "eval_loss" in m]
@@ -319,7 +319,7 @@ def test_a_run_stops_after_so_many_evaluations_without_a_better_loss(
 
 def test_an_evaluation_loss_that_is_not_finite_is_never_the_best(run_of: RunOf, rows_of: RowsOf) -> None:
     """The first evaluation gives nan, the later ones numbers: these are better."""
-    run = run_of(eval_batches=cut(rows_of(4), None), eval_fraction=0.1, eval_every=1)
+    run = run_of(eval_items=rows_of(4), eval_fraction=0.1, eval_every=1)
     sound = run.objective
 
     def objective(network: nn.Module, batch: TokenBatch) -> Loss:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luthier.data.batches import cut
 from luthier.data.sequences import TokenSequence
 from luthier.training.callbacks import Metrics, MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
@@ -53,7 +52,7 @@ def go_on(run_of: RunOf, rows_of: RowsOf) -> Callable[..., tuple[dict[str, Tenso
             eval_every=2,
             save_every=save_every,
             checkpoints=Checkpoints(folder / "checkpoints", keep_last=2, fingerprint="one"),
-            eval_batches=cut(rows_of(4), None),
+            eval_items=rows_of(4),
             callbacks=[MetricsFile(folder / "metrics.jsonl"), Stop(stop_at)],
         )
         assert run.checkpoints is not None

@@ -65,7 +65,7 @@ def watch_forgetting(run: Run, text: Sequence[TokenSequence], folder: Path) -> N
 
     The first perplexity is kept in `folder`. Raises CheckpointError, once the run goes on, where it is not there.
     """
-    watch = _Watch(run, cut(text, run.micro_batch_tokens), folder / "forgetting.json")
+    watch = _Watch(run, text, folder / "forgetting.json")
     measure, evaluation, guard = run.measure, run.evaluation, run.guard
 
     def measured(network: nn.Module, batches: Sequence[TokenBatch]) -> dict[str, float]:
@@ -85,19 +85,25 @@ class _Watch:
     """path: of the file with the first perplexity."""
 
     run: Run
-    batches: Sequence[TokenBatch]
+    text: Sequence[TokenSequence]
     path: Path
     warned: bool = field(default=False, init=False)
 
     def measured(self) -> dict[str, float]:
         """The perplexity, and its rise as a share of the first. Raises TrainingError where the first is no number."""
-        loss = evaluate_loss(self.run.state.network, self.batches, next_tokens)
+        loss = self.run.room.fitting(self._loss, lambda: (batch.num_tokens for batch in self._batches()))
         perplexity = math.exp(min(loss, 700.0))
         if self.run.state.progress.step == 0:
             if not math.isfinite(loss):
                 raise TrainingError(f"forgetting_data: the untrained model's loss on it is {loss}; set dtype: fp32")
             write_whole(self.path, json.dumps({"perplexity": perplexity}) + "\n")
         return {"forgetting_perplexity": perplexity, "forgetting": perplexity / self._first() - 1}
+
+    def _batches(self) -> list[TokenBatch]:
+        return cut(self.text, self.run.room.tokens)
+
+    def _loss(self) -> float:
+        return evaluate_loss(self.run.state.network, self._batches(), next_tokens)
 
     def _first(self) -> float:
         try:

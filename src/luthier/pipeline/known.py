@@ -20,7 +20,7 @@ from luthier.models.values import values_at
 from luthier.pipeline.policy import critic_on
 from luthier.recipe.policy import PPO, OnPolicy
 
-__all__ = ["known_of"]
+__all__ = ["known_of", "pass_sizes"]
 
 Pass = Callable[[PreTrainedModel, TokenBatch], Tensor]
 
@@ -45,7 +45,7 @@ class _Passes:
 
 
 def known_of(
-    network: PreTrainedModel, groups: Sequence[TokenGroup], settings: OnPolicy, *, micro_batch_tokens: int
+    network: PreTrainedModel, groups: Sequence[TokenGroup], settings: OnPolicy, *, micro_batch_tokens: int | None
 ) -> dict[str, Tensor]:
     """By name, of all targets of the groups in their order, [targets] float32: "old" where the policy will have changed
     before all is learned, or a divergence counts in the reward; "reference" where there is a divergence; "values" of a
@@ -65,11 +65,24 @@ def known_of(
         return _passed(network, groups, wanted, micro_batch_tokens)
 
 
+def pass_sizes(groups: Sequence[TokenGroup], micro_batch_tokens: int | None) -> list[int]:
+    """The tokens of each pass that `known_of` makes of the groups."""
+    return [sum(len(groups[i]) for i in members) for members in _passes(groups, micro_batch_tokens)]
+
+
+def _passes(groups: Sequence[TokenGroup], micro_batch_tokens: int | None) -> list[list[int]]:
+    lengths = [len(group) for group in groups]
+    return pack(lengths, sum(lengths) if micro_batch_tokens is None else micro_batch_tokens)
+
+
 def _passed(
-    network: PreTrainedModel, groups: Sequence[TokenGroup], wanted: dict[str, Pass], micro_batch_tokens: int
+    network: PreTrainedModel,
+    groups: Sequence[TokenGroup],
+    wanted: dict[str, Pass],
+    micro_batch_tokens: int | None,
 ) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(groups) for name in wanted}
-    for members in pack([len(group) for group in groups], micro_batch_tokens):
+    for members in _passes(groups, micro_batch_tokens):
         batch = collate([groups[i] for i in members]).to(network.device)
         counts = [groups[i].num_trained for i in members]
         for name, one in wanted.items():

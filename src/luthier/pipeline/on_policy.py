@@ -45,7 +45,6 @@ def on_rollouts(run: Run, prepared: PreparedPrompts, model: Model, folder: Path,
     """
     settings = run.settings
     assert isinstance(settings, OnPolicy), "only policies learn on prompts"
-    assert run.micro_batch_tokens is not None
     plan = RolloutPlan(
         settings,
         prepared,
@@ -53,7 +52,7 @@ def on_rollouts(run: Run, prepared: PreparedPrompts, model: Model, folder: Path,
         folder,
         engine=_engine(settings, model, folder),
         rewarder=rewarder_of(parts_of(settings.reward), functions=functions, model=model),
-        micro_batch_tokens=run.micro_batch_tokens,
+        room=run.room,
         oldest_step=run.checkpoints.oldest_step if run.checkpoints else lambda: 0,
     )
     run.plan = plan

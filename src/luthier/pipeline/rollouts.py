@@ -26,7 +26,7 @@ from luthier.errors import TrainingError
 from luthier.models.load import Model
 from luthier.objectives.advantages import adapted_kl_weight, carries_signal, soft_length_penalty
 from luthier.pipeline.answers import ScoredAnswer, as_rows, groups_of, stored, summed_up, targets_of, trained_on
-from luthier.pipeline.known import known_of
+from luthier.pipeline.known import known_of, pass_sizes
 from luthier.pipeline.policy import Scored, advantages
 from luthier.pipeline.prompts import Asked, PreparedPrompts
 from luthier.pipeline.rollout_files import RolloutFiles, Sampled
@@ -34,6 +34,7 @@ from luthier.recipe.policy import OnPolicy
 from luthier.rollout.requests import Engine, Request, Sampling
 from luthier.rollout.rewards import Rewarder, count_failures
 from luthier.rollout.scoring import Answered, Failure
+from luthier.training.room import Room
 
 __all__ = ["RolloutPlan", "sampling_of"]
 
@@ -62,12 +63,12 @@ class RolloutPlan:
         *,
         engine: Engine,
         rewarder: Rewarder,
-        micro_batch_tokens: int,
+        room: Room,
         oldest_step: Callable[[], int] = lambda: 0,
     ) -> None:
         """oldest_step: of which a checkpoint is kept; what only earlier ones need is deleted."""
         self.settings, self.prepared, self.model, self.folder = settings, prepared, model, folder
-        self.engine, self.rewarder, self.micro_batch_tokens = engine, rewarder, micro_batch_tokens
+        self.engine, self.rewarder, self.room = engine, rewarder, room
         self.oldest_step = oldest_step
         self.current: tuple[int, _Rollout] | None = None
 
@@ -103,7 +104,8 @@ class RolloutPlan:
         epoch, part = divmod(within, self.settings.minibatches)
         order = np.random.default_rng((self.settings.seed, number, epoch)).permutation(len(groups))
         chosen = (groups[i] for i in order[part :: self.settings.minibatches])
-        return [piece for group in chosen for piece in pieces(group, self.micro_batch_tokens)]
+        bound = self.room.tokens
+        return [piece for group in chosen for piece in ([group] if bound is None else pieces(group, bound))]
 
     def told(self, index: int) -> dict[str, float]:
         """What is told of the step's rollout."""
@@ -262,7 +264,10 @@ class RolloutPlan:
         """Everything that learning needs of the answers, and the mean divergence of one, in nats."""
         tensors = stored(usable, trained)
         groups = groups_of(tensors)
-        known = known_of(self.model.network, groups, self.settings, micro_batch_tokens=self.micro_batch_tokens)
+        known = self.room.fitting(
+            lambda: known_of(self.model.network, groups, self.settings, micro_batch_tokens=self.room.tokens),
+            lambda: pass_sizes(groups, self.room.tokens),
+        )
         kl = known["old"] - known["reference"] if {"old", "reference"} <= known.keys() else None
         scores = torch.tensor([one.score for one in usable])
         scored = Scored(scores, tensors["groups"].long(), targets_of(tensors), kl, known.get("values"))

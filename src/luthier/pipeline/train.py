@@ -18,7 +18,7 @@ import torch
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.merge import refuse_unmergeable
-from luthier.data.batches import StepPlan, cut
+from luthier.data.batches import StepPlan, TokenBatch
 from luthier.data.prepare import Prepared
 from luthier.data.sequences import Item, TokenGroup, sequences_of
 from luthier.errors import RecipeError
@@ -150,7 +150,7 @@ def make_run(
         settings=settings,
         micro_batch_tokens=micro_batch_tokens,
         checkpoints=checkpoints,
-        eval_batches=cut(prepared.evaluation, micro_batch_tokens) if prepared.evaluation else (),
+        eval_items=prepared.evaluation,
         callbacks=listeners,
         adapters=adapters,
     )
@@ -210,7 +210,6 @@ def _micro_batch_tokens(word: str, settings: Training, model: Model, prepared: P
 
 def _resume_or_rehearse(run: Run, prepared: Prepared) -> None:
     assert run.checkpoints is not None
-    assert run.micro_batch_tokens is not None
     if not run.settings.resume:
         run.checkpoints.clear()
     found = run.checkpoints.latest()
@@ -220,12 +219,22 @@ def _resume_or_rehearse(run: Run, prepared: Prepared) -> None:
         run.checkpoints.load(found, run.state)
         logger.info("going on from %s", found)
         return
-    largest = largest_micro_batch(run.settings, prepared, run.micro_batch_tokens)
+    run.state.hold_all()
+    run.room.fitting(lambda: _rehearse(run, _largest(run, prepared)), lambda: [_largest(run, prepared).num_tokens])
+    run.state.drop_gradients()
+
+
+def _largest(run: Run, prepared: Prepared) -> TokenBatch:
+    """The largest micro-batch of the run, as micro-batches now are."""
+    assert run.room.tokens is not None
+    largest = largest_micro_batch(run.settings, prepared, run.room.tokens)
+    return placeholders(largest, *COLUMNS) if isinstance(prepared, PreparedPrompts) else largest
+
+
+def _rehearse(run: Run, batch: TokenBatch) -> None:
+    """A step's forward and backward pass with all that a step in the midst of the run holds, and without effect."""
     torch.manual_seed(0)
-    if isinstance(prepared, PreparedPrompts):
-        largest = placeholders(largest, *COLUMNS)
-    step_gradients(run.state.network, run.prepared([largest]), run.objective)
-    run.state.optimizer.zero_grad(set_to_none=True)
+    step_gradients(run.state.network, run.prepared([batch]), run.objective)
 
 
 def _final_eval_loss(run: Run, evaluations: Sequence[float]) -> float | None:

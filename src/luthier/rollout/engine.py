@@ -5,6 +5,7 @@ keeps nobody waiting. What an answer's tokens are depends on its prompt and its 
 changes roundings alone. Networks that cannot be decoded so are run by transformers, one prompt after the other.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.batches import pack
-from luthier.errors import RecipeError
+from luthier.errors import MemoryPlanError, RecipeError
 from luthier.kernels.decoding import Decoding, OwnKeys, PromptPairs
 from luthier.models.decode import can_decode, next_logits, read_prompts
 from luthier.models.lean import Lean, can_be_lean
@@ -26,8 +27,11 @@ from luthier.rollout.requests import Request, Sample, Sampling
 from luthier.rollout.rows import Group, Row, Writer, group_of
 from luthier.rollout.scoring import Failure
 from luthier.rollout.transformers_engine import write_by_transformers
+from luthier.shortage import again_with_less
 
 __all__ = ["LocalEngine"]
+
+logger = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Decoding], Tensor]
 """The logits of what follows each answer's new token."""
@@ -54,9 +58,20 @@ class LocalEngine:
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Sample, ...] | Failure]:
         """For each request its answers; a Failure for a prompt that is empty or leaves no room in the model's context.
 
-        Raises RecipeError for a Sampling that leaves nothing to draw, ModelError for logits that are not numbers.
+        Where memory runs out, fewer are made at once. Raises RecipeError for a Sampling that leaves nothing to draw,
+        ModelError for logits that are not numbers.
         """
         _refuse_senseless(sampling)
+        return again_with_less(lambda: self._sample(requests, sampling), self._give_way)
+
+    def _give_way(self, said: str) -> None:
+        """Half as many answers at once from now on. Raises MemoryPlanError where it is one already."""
+        if self.max_rows == 1:
+            raise MemoryPlanError(f"memory has run out with one answer in the making ({said}); lower max_new_tokens")
+        self.max_rows //= 2
+        logger.warning("memory has run out (%s); going on with %d answers at once", said, self.max_rows)
+
+    def _sample(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Sample, ...] | Failure]:
         room = [self._room(request, sampling) for request in requests]
         groups = [
             most if isinstance(most, Failure) else group_of(request, most, sampling)

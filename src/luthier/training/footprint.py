@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from luthier.data.batches import TokenBatch
 from luthier.objectives.loss import Loss
-from luthier.training.optimizers import step_if_finite
 from luthier.training.state import TrainState
 
 __all__ = ["Footprint", "LiveBytes", "step_footprint"]
@@ -83,9 +82,7 @@ def step_footprint(
     micro-batches and the optimizer's moments are there already. `state` holds fake tensors; its mode must be active.
     """
     trained = list(state.trained().values())
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    step_if_finite(state.optimizer, torch.ones(()))
+    state.hold_all()
     network = list(state.network.parameters()) + list(state.network.buffers())
     moments = [v for values in state.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
     gradients = [p.grad for p in trained if p.grad is not None]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from luthier.adapters.base import Adapter, Step
 from luthier.adapters.inject import after_step, before_step, penalty
 from luthier.data.batches import Plan, TokenBatch, cut
+from luthier.data.sequences import Item
 from luthier.errors import TrainingError
 from luthier.models.score import evaluating
 from luthier.objectives.loss import DIFFERENCES, Loss
@@ -27,6 +28,7 @@ from luthier.training.checkpoints import Checkpoints
 from luthier.training.loss_scaling import backward, can_fall, next_scale, unscale
 from luthier.training.memory import memory_bytes
 from luthier.training.optimizers import step_if_finite
+from luthier.training.room import Room
 from luthier.training.schedules import learning_rate_at
 from luthier.training.state import TrainState
 
@@ -45,7 +47,9 @@ _MAX_SKIPPED_IN_A_ROW = 3
 
 @dataclass
 class Run:
-    """All that one training is made of. eval_batches: what is evaluated on, cut already; empty for none.
+    """All that one training is made of. eval_items: what is evaluated on; empty for none.
+
+    micro_batch_tokens: the bound on a micro-batch, in the beginning.
 
     prepare: gives a step's micro-batches, or those of an evaluation, what the objective wants of all of them. measure:
     what an evaluation tells besides the objective's metrics. evaluation: what stands for an evaluation on batches,
@@ -58,7 +62,7 @@ class Run:
     settings: Training
     micro_batch_tokens: int | None
     checkpoints: Checkpoints | None = None
-    eval_batches: Sequence[TokenBatch] = ()
+    eval_items: Sequence[Item] = ()
     callbacks: Sequence[Callback] = ()
     adapters: Sequence[Adapter] = ()
     prepare: Preparation | None = None
@@ -69,11 +73,16 @@ class Run:
     @property
     def evaluates(self) -> bool:
         """Whether there is anything to evaluate on."""
-        return bool(self.eval_batches) or self.evaluation is not None
+        return bool(self.eval_items) or self.evaluation is not None
+
+    @property
+    def room(self) -> Room:
+        """How large a micro-batch may be by now."""
+        return Room(self.settings, self.micro_batch_tokens, lambda: self.state.progress)
 
     def cut(self, step: int) -> list[TokenBatch]:
         """The micro-batches of a step, counted from 0."""
-        return cut(self.plan.step(step), self.micro_batch_tokens, packing=self.settings.packing)
+        return cut(self.plan.step(step), self.room.tokens, packing=self.settings.packing)
 
     def prepared(self, batches: Sequence[TokenBatch]) -> Sequence[TokenBatch]:
         """The micro-batches with what the objective wants."""
@@ -110,21 +119,18 @@ def fit(run: Run) -> Metrics:
 def train_step(run: Run) -> Metrics:
     """One optimizer step; counts itself in the state's progress."""
     started, progress, num_steps = time.perf_counter(), run.state.progress, run.plan.num_steps
-    micro_batches = run.cut(progress.step)
-    torch.manual_seed(_mixed(run.settings.seed, progress.step))  # dropout's draws belong to the step
     step = Step(progress.step, num_steps, run.settings.seed)
     before_step(run.adapters, step)
     scale = progress.loss_scale_by(run.settings.loss_scaling).scale
-    measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective, scale)
+    measured, num_tokens = _in_room(run, scale)
     measured |= _add_penalty(run.adapters, scale)
     rate = learning_rate_at(progress.step, num_steps, run.settings)
     unscale(run.state.trained().values(), scale)
     measured["grad_norm"] = _optimize(run.state, rate, run.settings.max_grad_norm)
     numbers = _read(measured)
     _count_or_skip(run, numbers["grad_norm"], step)
-    run.state.optimizer.zero_grad(set_to_none=True)  # not before: adapters may look at gradients after a step
+    run.state.drop_gradients()  # not before: adapters may look at gradients after a step
     progress.step += 1
-    num_tokens = sum(batch.num_tokens for batch in micro_batches)
     progress.tokens += num_tokens
     seconds = time.perf_counter() - started
     return {
@@ -139,6 +145,20 @@ def train_step(run: Run) -> Metrics:
         "tokens_per_second": num_tokens / seconds,
         "memory_bytes": memory_bytes(run.state.network),
     }
+
+
+def _in_room(run: Run, scale: float) -> tuple[dict[str, Tensor], int]:
+    """The gradient of the step to come, in micro-batches that fit; what was measured, and how many tokens there are."""
+    index = run.state.progress.step
+
+    def work() -> tuple[dict[str, Tensor], int]:
+        run.state.drop_gradients()
+        torch.manual_seed(_mixed(run.settings.seed, index))  # dropout's draws belong to the step
+        micro_batches = run.cut(index)
+        measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective, scale)
+        return measured, sum(batch.num_tokens for batch in micro_batches)
+
+    return run.room.fitting(work, lambda: (batch.num_tokens for batch in run.cut(index)))
 
 
 def step_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
@@ -298,9 +318,13 @@ def _evaluate(run: Run) -> bool:
 def _evaluated_run(run: Run) -> dict[str, float]:
     if run.evaluation is not None:
         return run.evaluation()
-    batches = run.prepared(run.eval_batches)
-    measured = _evaluated(run.state.network, batches, run.objective)
-    return measured if run.measure is None else measured | run.measure(run.state.network, batches)
+
+    def work() -> dict[str, float]:
+        batches = run.prepared(cut(run.eval_items, run.room.tokens))
+        measured = _evaluated(run.state.network, batches, run.objective)
+        return measured if run.measure is None else measured | run.measure(run.state.network, batches)
+
+    return run.room.fitting(work, lambda: (batch.num_tokens for batch in cut(run.eval_items, run.room.tokens)))
 
 
 def _ask_guard(run: Run, measured: dict[str, float]) -> None:

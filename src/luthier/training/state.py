@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from luthier.recipe.precision import LossScaling
 from luthier.training.loss_scaling import LossScale, first_scale
+from luthier.training.optimizers import step_if_finite
 from luthier.training.precision import Precision
 
 __all__ = ["Progress", "TrainState"]
@@ -22,7 +23,7 @@ __all__ = ["Progress", "TrainState"]
 class Progress:
     """Numbers that go on counting. best_loss: of the evaluations so far. stale_evaluations: since it last fell.
     stopped_by: what a guard said when it ended the training. loss_scale, good_steps: the next step's `LossScale`, once
-    there was a step.
+    there was a step. micro_batch_tokens: the bound on a micro-batch, once memory has run out.
     """
 
     step: int = 0
@@ -34,6 +35,7 @@ class Progress:
     stopped_by: str | None = None
     loss_scale: float | None = None
     good_steps: int = 0
+    micro_batch_tokens: int | None = None
 
     def loss_scale_by(self, settings: LossScaling | None) -> LossScale:
         """By what the next step's loss is multiplied."""
@@ -58,6 +60,20 @@ class TrainState:
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer updates, by the parameters' names: themselves, or their float32 masters."""
         return {name: self.precision.master(p) for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def hold_all(self) -> None:
+        """Makes gradients, which are zero, and the optimizer's state where it is not there yet: all that a step holds
+        while its last micro-batch runs. Leaves everything as it was otherwise.
+        """
+        for parameter in self.trained().values():
+            parameter.grad = torch.zeros_like(parameter)
+        not_finite = torch.full((), torch.inf, device=next(self.network.parameters()).device)
+        step_if_finite(self.optimizer, not_finite)
+
+    def drop_gradients(self) -> None:
+        """Frees the gradients of all that is trained."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)  # of narrow parameters too, where a backward pass was cut short
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained parameters and the optimizer's state of each, under `parameter/NAME` and `optimizer/KEY/NAME`;

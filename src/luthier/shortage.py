@@ -1,0 +1,49 @@
+"""What happens where memory runs out: the same work once more, with less of it at once.
+
+PyTorch, NumPy and Python say it in different ways, and none says how much would have been there. The work must be such
+that it can begin anew.
+"""
+
+import gc
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+__all__ = ["again_with_less", "ran_out"]
+
+_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+
+T = TypeVar("T")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it says that there is no more memory, of the machine or of its GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def _in_short(error: BaseException) -> str:
+    """What was asked for where the error says it, else its first line."""
+    asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    return asked[0].lower() if asked else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def again_with_less(work: Callable[[], T], give_way: Callable[[str], None]) -> T:
+    """What `work` gives; each time that memory runs out in it `give_way`, told how, sees to it that it takes less, or
+    raises where it cannot.
+    """
+    while True:
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            said = _in_short(error)
+        # Not in the clause above: the error's traceback holds the tensors of what failed.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        give_way(said)
