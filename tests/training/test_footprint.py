@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from luthier.data.batches import collate
-from luthier.models.trainable import checkpoint_layers
+from luthier.models.recompute import checkpoint_layers
 from luthier.training.footprint import Footprint, LiveBytes, step_footprint
 from luthier.training.loop import Run
 

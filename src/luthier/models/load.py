@@ -35,6 +35,7 @@ __all__ = [
     "DTYPES",
     "HEAD",
     "Model",
+    "by_layer",
     "config_of",
     "default_device",
     "gives_rewards",
@@ -117,22 +118,42 @@ def outline(
     *,
     dtype: DType = "fp32",
     either: bool = False,
+    layers: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Model:
     """The model as `load` gives it, or `load_either`, but without weights: its tensors have shapes and no values.
 
-    To be called, and its network used, within a FakeTensorMode. Raises what loading raises.
+    layers: how many of its layers it has, the first ones; None for all. To be called, and its network used, within a
+    FakeTensorMode. Raises what loading raises.
     """
     source = resolve(name, environment)
     if not either:
         _refuse_rewards(source)
     with _readable(source):
         config, tokenizer = _described(source)
+        if layers is not None:
+            _keep_first(config.get_text_config(), layers)
         network = network_class(config).from_config(
             config, dtype=DTYPES[dtype], attn_implementation=_own_attention(config), trust_remote_code=False
         )
         _set_stops(network, tokenizer)
     return Model(network.eval(), tokenizer, source)
+
+
+def by_layer(config: PretrainedConfig) -> dict[str, list[object]]:
+    """What a text configuration says of each layer by itself."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == config.num_hidden_layers
+    }
+
+
+def _keep_first(config: PretrainedConfig, layers: int) -> None:
+    """Lets a text configuration describe the first layers alone."""
+    for name, value in by_layer(config).items():
+        setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
 
 
 def config_of(source: ResolvedSource) -> PretrainedConfig:

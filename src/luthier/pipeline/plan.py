@@ -19,17 +19,15 @@ from luthier.data.batches import StepPlan, TokenBatch, cut, pieces
 from luthier.data.prepare import Prepared
 from luthier.data.sequences import Item, sequences_of
 from luthier.models.load import Model, default_device, outline
-from luthier.pipeline.policy import COLUMNS
-from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
+from luthier.pipeline.footprints import footprint_of
+from luthier.pipeline.prepare import prepare_data
 from luthier.pipeline.prompts import answered
-from luthier.pipeline.reference import placeholders
 from luthier.pipeline.rollout_memory import rollout_bytes
-from luthier.pipeline.stages import STAGES
 from luthier.recipe import LoRA
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.preference import RewardModel, WithReference
 from luthier.recipe.training import Training
-from luthier.training.footprint import Footprint, step_footprint
+from luthier.training.footprint import Footprint
 from luthier.training.memory import available_bytes, resident_bytes, resident_in_files
 
 __all__ = [
@@ -148,7 +146,8 @@ class Planner:
 
     def _plan(self, settings: Training, tokens: int) -> MemoryPlan:
         batch = largest_micro_batch(settings, self.prepared, tokens)
-        model, dense, footprint = _footprint(self.word, settings, self.model_name, batch)
+        outlined, footprint = footprint_of(self.word, settings, self.model_name, batch)
+        model, dense = outlined.model, outlined.dense_bytes
         process, on_cpu = self.machine.process_bytes, self.machine.device.type == "cpu"
         mapped = sum(file.stat().st_size for file in model.source.folder.glob("*.safetensors"))
         also_mapped = mapped if on_cpu and settings.dtype != "fp32" else 0
@@ -243,20 +242,6 @@ def _resident_weights(network: PreTrainedModel | None) -> int:
         return 0
     mapped = resident_in_files(".safetensors")
     return mapped or sum(p.nbytes for p in network.parameters())
-
-
-def _footprint(word: str, settings: Training, model_name: str, batch: TokenBatch) -> tuple[Model, int, Footprint]:
-    """The model without weights, the bytes of its dense weights, and what a step holds."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = outline(model_name, dtype=settings.dtype, either=isinstance(settings, RewardModel))
-        dense = sum(p.nbytes for p in model.network.parameters())
-        prepare_network(settings, model)
-        state = fresh_state(settings, model, outline=True)
-        return (
-            model,
-            dense,
-            step_footprint(state, placeholders(batch, *COLUMNS), STAGES[word].method(settings).objective),
-        )
 
 
 def _candidates(settings: Training, smallest_tokens: int) -> Iterator[tuple[str, dict[str, object]]]:

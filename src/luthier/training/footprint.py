@@ -7,7 +7,8 @@ layers, fused kernels, an optimizer's moments) is counted by being run; no formu
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from luthier.data.batches import TokenBatch
 from luthier.objectives.loss import Loss
+from luthier.training.offload import activations_on_host
 from luthier.training.state import TrainState
 
-__all__ = ["Footprint", "LiveBytes", "step_footprint"]
+__all__ = ["Footprint", "LiveBytes", "PassBytes", "held_bytes", "pass_bytes", "step_footprint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,34 +72,84 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key, size)
 
+    def leave(self, tensor: Tensor) -> None:
+        """This one lies elsewhere from now on."""
+        storage = tensor.untyped_storage()
+        self._forget(storage._cdata, storage.nbytes())
+
     def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+        if key in self._known:
+            self._known.discard(key)
+            self.live -= size
+
+
+@dataclass(frozen=True, slots=True)
+class PassBytes:
+    """Of a forward and backward pass, besides what was there before: kept: between the two; peak: at its worst."""
+
+    kept: int
+    peak: int
 
 
 def step_footprint(
     state: TrainState, batch: TokenBatch, objective: Callable[[nn.Module, TokenBatch], Loss]
 ) -> Footprint:
-    """The footprint of any step but the first, while its largest micro-batch `batch` runs: gradients of earlier
-    micro-batches and the optimizer's moments are there already. `state` holds fake tensors; its mode must be active.
+    """The footprint of any step but the first, while its largest micro-batch `batch` runs. `state` holds fake tensors;
+    its mode must be active.
     """
-    trained = list(state.trained().values())
+    held = held_bytes(state)
+    return replace(held, activations=pass_bytes(state, batch, objective).peak)
+
+
+def held_bytes(state: TrainState) -> Footprint:
+    """What any step but the first holds before its last micro-batch: gradients of earlier ones and the optimizer's
+    moments are there already; activations are none. `state` holds fake tensors; its mode must be active.
+    """
     state.hold_all()
-    network = list(state.network.parameters()) + list(state.network.buffers())
-    moments = [v for values in state.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-    gradients = [p.grad for p in trained if p.grad is not None]
-    counter = LiveBytes()
-    counter.ignore([*network, *trained, *gradients, *moments])
-    with counter:
-        loss = objective(state.network, batch)
-        (loss.per_unit.sum() / batch.count(loss.unit)).backward()
+    network, trained, gradients, moments = _held(state)
     return Footprint(
         weights=_bytes(network),
         masters=_bytes([*network, *trained]) - _bytes(network),
         gradients=_bytes(gradients),
         optimizer=_bytes(moments),
-        activations=counter.peak,
+        activations=0,
     )
+
+
+def pass_bytes(
+    state: TrainState,
+    batch: TokenBatch,
+    objective: Callable[[nn.Module, TokenBatch], Loss],
+    *,
+    offloaded: bool = False,
+) -> PassBytes:
+    """What a micro-batch needs besides what is held. `state` holds fake tensors, as `hold_all` makes them; its mode
+    must be active. offloaded: what waits for the backward pass does not count.
+    """
+    counter = LiveBytes()
+    counter.ignore([tensor for part in _held(state) for tensor in part])
+
+    def gone(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        counter.leave(copy)
+        return copy
+
+    with counter:
+        with activations_on_host(state.network, gone) if offloaded else nullcontext():
+            loss = objective(state.network, batch)
+        mean = loss.per_unit.sum() / batch.count(loss.unit)
+        kept = counter.live
+        mean.backward()
+    return PassBytes(kept, counter.peak)
+
+
+def _held(state: TrainState) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """The network's tensors, what is trained, its gradients and the optimizer's moments."""
+    network = [*state.network.parameters(), *state.network.buffers()]
+    trained: list[Tensor] = [*state.trained().values()]
+    gradients = [p.grad for p in trained if p.grad is not None]
+    moments = [v for values in state.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    return network, trained, gradients, moments
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
