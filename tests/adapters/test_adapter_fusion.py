@@ -16,7 +16,8 @@ from luthier.adapters.adapter_fusion import AdapterFusion as Fusion
 from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
 from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.errors import AdapterError, RecipeError
-from luthier.models.trainable import checkpoint_layers, freeze_base
+from luthier.models.recompute import checkpoint_layers
+from luthier.models.trainable import freeze_base
 from luthier.recipe.adapters import AdapterFusion, AnyAdapter, Bottleneck, LoRA
 
 HIDDEN = 32

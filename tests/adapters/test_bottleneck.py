@@ -31,7 +31,8 @@ from luthier.adapters.bottleneck import Bottleneck as BottleneckAdapter
 from luthier.adapters.inject import adapted_layers, adapter_parameters, inject
 from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.errors import AdapterError
-from luthier.models.trainable import checkpoint_layers, freeze_base
+from luthier.models.recompute import checkpoint_layers
+from luthier.models.trainable import freeze_base
 from luthier.recipe.adapters import Bottleneck, LoRA
 
 IDS = torch.arange(1, 25).view(2, 12)

@@ -18,8 +18,8 @@ from luthier.data.examples import Origin
 from luthier.data.sequences import TokenSequence
 from luthier.errors import AdapterError, RecipeError
 from luthier.models.attention import ATTENTION, register_attention
+from luthier.models.recompute import checkpoint_layers
 from luthier.models.score import score
-from luthier.models.trainable import checkpoint_layers
 from luthier.recipe.adapters import Prefix, Prompt
 
 IDS = torch.arange(1, 25).view(2, 12)

@@ -55,7 +55,7 @@ shared: dict[str, Any] = {
     "learning_rate": rates,
     "schedule": st.sampled_from(["constant", "wsd"]),
     "max_grad_norm": st.none() | rates,
-    "gradient_checkpointing": st.booleans() | st.integers(0, 9),
+    "gradient_checkpointing": st.booleans() | st.integers(0, 9) | st.just("selective"),
     "save_every": st.none() | st.just("epoch") | counts,
     "report_to": st.sampled_from([(), ("tensorboard",)]),
     "on_error": st.sampled_from(["skip", "stop"]),

@@ -61,6 +61,12 @@ def test_gradient_checkpointing_is_a_switch_or_a_number_of_layers(written: objec
     assert type(settings.gradient_checkpointing) is int
 
 
+def test_gradient_checkpointing_can_be_selective() -> None:
+    assert (
+        settings_from(SFT, {"data": "a", "gradient_checkpointing": "selective"}).gradient_checkpointing == "selective"
+    )
+
+
 @pytest.mark.parametrize("nothing", [None, "none", "no", "off", False])
 def test_nothing_can_be_said_in_many_ways(nothing: object) -> None:
     settings = settings_from(SFT, {"data": "a", "adapter": nothing, "max_grad_norm": nothing, "save_every": nothing})

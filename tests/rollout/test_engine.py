@@ -308,7 +308,7 @@ def test_memory_grows_with_the_group_by_the_answers_own_keys_alone(tiny: Factory
 
 
 def test_where_memory_runs_out_fewer_answers_are_made_at_once(tiny: Factory) -> None:
-    """A layer asks the allocator for more than there is as soon as over three answers go through it, for a token each."""
+    """A layer asks for more memory than there is as soon as over three answers go through it, a token each."""
     model, asked = tiny("gpt_neox"), requests((1,), counts=6)
     expected = ids(sampled(model, asked, DRAWN))
     engine, layer = LocalEngine(model, max_rows=6), model.network.get_submodule("gpt_neox.layers.1")

@@ -13,8 +13,8 @@ from luthier.adapters.lora import LoRA
 from luthier.data.batches import TokenBatch, collate, cut
 from luthier.data.sequences import TokenSequence
 from luthier.errors import TrainingError
+from luthier.models.recompute import checkpoint_layers
 from luthier.models.score import score
-from luthier.models.trainable import checkpoint_layers
 from luthier.objectives.language import language_modelling
 from luthier.objectives.loss import Loss
 from luthier.recipe.adapters import LoRA as Settings

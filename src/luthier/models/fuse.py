@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from luthier.kernels.gate import GATES, gated
 from luthier.kernels.linear import linear
 from luthier.kernels.norm import rms_norm
 
-__all__ = ["Fusion", "fuse"]
+__all__ = ["FusedGatedMLP", "Fusion", "fuse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,18 @@ class FusedGatedMLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
         self.activation = activation
+        self.recomputed = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden] -> the same shape."""
+        """x: [..., hidden] -> the same shape. Where it is recomputed the backward pass forms all but the last product
+        again, and x alone is kept.
+        """
+        if self.recomputed and torch.is_grad_enabled():
+            again: Tensor = checkpoint(self._computed, x, use_reentrant=False)
+            return again
+        return self._computed(x)
+
+    def _computed(self, x: Tensor) -> Tensor:
         down: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), activation=self.activation))
         return down
 

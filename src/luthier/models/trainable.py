@@ -1,22 +1,16 @@
-"""Which of a model's parameters are trained: all, those of adapters, or all but some by pattern; and gradient
-checkpointing.
-"""
+"""Which of a model's parameters are trained: all, those of adapters, or all but some by pattern."""
 
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from luthier.adapters.inject import adapter_parameters
-from luthier.errors import ModelError, RecipeError
+from luthier.errors import RecipeError
 from luthier.quant.linear import QuantizedLinear
 
-__all__ = ["checkpoint_layers", "freeze_base", "train_all_but", "trainable_parameters"]
+__all__ = ["freeze_base", "train_all_but", "trainable_parameters"]
 
 
 def freeze_base(network: nn.Module) -> None:
@@ -49,16 +43,3 @@ def trainable_parameters(network: nn.Module) -> tuple[int, int]:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     stored = sum(math.prod(module.shape) for module in network.modules() if isinstance(module, QuantizedLinear))
     return trained, sum(p.numel() for p in network.parameters()) + stored
-
-
-def checkpoint_layers(network: PreTrainedModel, every: int) -> None:
-    """Recomputes every `every`-th layer in the backward pass, keeping only its input; 0 keeps all activations.
-
-    Raises ModelError for an architecture whose layers cannot be recomputed.
-    """
-    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if every and not layers:
-        raise ModelError(f"{type(network).__name__} cannot recompute its layers; set gradient_checkpointing: 0")
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = bool(every) and i % every == 0
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

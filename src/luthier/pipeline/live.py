@@ -23,9 +23,9 @@ from luthier.models.heads import with_head
 from luthier.models.load import DTYPES, Model, load_either
 from luthier.models.merge import merge_into
 from luthier.models.quantize import quantized_as
+from luthier.models.recompute import checkpoint_layers
 from luthier.models.save import save
 from luthier.models.sources import ResolvedSource, resolve
-from luthier.models.trainable import checkpoint_layers
 from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import DType, Training
 from luthier.training.checkpoints import load_trained

@@ -19,7 +19,8 @@ from luthier.models.fuse import fuse
 from luthier.models.heads import with_head, with_trained_head
 from luthier.models.load import Model, gives_rewards, load_either
 from luthier.models.quantize import quantize_base
-from luthier.models.trainable import checkpoint_layers, freeze_base, train_all_but
+from luthier.models.recompute import checkpoint_layers
+from luthier.models.trainable import freeze_base, train_all_but
 from luthier.models.values import add_value_head
 from luthier.pipeline.policy import CRITIC
 from luthier.pipeline.prompts import prepare_prompts

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from luthier.adapters.base import Adapter
 from luthier.adapters.merge import refuse_unmergeable
@@ -25,6 +26,7 @@ from luthier.errors import RecipeError
 from luthier.files import write_whole
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
+from luthier.objectives.loss import Loss
 from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.forgetting import general_text, watch_forgetting
 from luthier.pipeline.live import store_adapter
@@ -44,7 +46,8 @@ from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.diagnosis import Diagnosis
 from luthier.training.loop import Objective, Run, fit, step_gradients
-from luthier.training.memory import keep_freed_memory, release_freed_memory
+from luthier.training.memory import keep_freed_memory, release_freed_memory, within_free_memory
+from luthier.training.offload import activations_on_host, host_copy
 
 __all__ = ["Summary", "make_run", "train"]
 
@@ -88,6 +91,8 @@ def train(
     objective: by default the stage's own. functions: that a reward means. to_be_merged: refuses an adapter that cannot
     be, before it is trained.
     """
+    if settings.offload_activations and model.device.type == "cpu":
+        raise RecipeError("offload_activations: on a CPU they are in the machine's memory already; drop it")
     keep_freed_memory()
     prepared = prepare_data(settings, model, folder)
     for line in (str(prepared.counts), *prepared.audit.lines()):
@@ -107,9 +112,12 @@ def train(
             micro_batch_tokens=tokens,
         )
         run.objective = objective or run.objective
-        _resume_or_rehearse(run, prepared)
-        started = time.perf_counter()
-        fit(run)
+        if settings.offload_activations:
+            run.objective = _kept_on_host(run.objective)
+        with within_free_memory(model.device):
+            _resume_or_rehearse(run, prepared)
+            started = time.perf_counter()
+            fit(run)
         run.state.precision.close()
     finally:
         remove_others(model.network)
@@ -117,6 +125,16 @@ def train(
     if settings.adapter is not None:
         store_adapter(model, folder / "adapter")
     return prepared, _summary(run, prepared, folder, time.perf_counter() - started)
+
+
+def _kept_on_host(objective: Objective) -> Objective:
+    """The objective, with what its backward pass needs in the machine's memory meanwhile."""
+
+    def offloaded(network: nn.Module, batch: TokenBatch) -> Loss:
+        with activations_on_host(network, host_copy):
+            return objective(network, batch)
+
+    return offloaded
 
 
 def make_run(

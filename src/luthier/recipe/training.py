@@ -43,6 +43,11 @@ def _evaluation_interval(fields: dict[str, Any]) -> Interval:
     return "epoch" if fields.get("eval_data") or fields.get("eval_fraction") else None
 
 
+def _counted(layers: bool | int | str) -> int | str:
+    """A switch as a number of layers."""
+    return layers if isinstance(layers, str) else int(layers)
+
+
 class Training(Settings):
     """What every training stage knows."""
 
@@ -149,8 +154,12 @@ class Training(Settings):
     )
     """How the loss is scaled against underflow: dynamic, the default of fp16, static, or none."""
 
-    gradient_checkpointing: Annotated[bool | Annotated[int, Ge(0)], AfterValidator(int)] = 0
-    """Computes every Nth layer a second time in the backward pass: less memory, more time; 0 keeps all activations."""
+    gradient_checkpointing: Annotated[bool | Annotated[int, Ge(0)] | Literal["selective"], AfterValidator(_counted)] = 0
+    """Computes every Nth layer a second time in the backward pass, or with selective the feed-forward part of each:
+    less memory, more time; 0 keeps all activations."""
+
+    offload_activations: bool = False
+    """Moves what the backward pass needs from the GPU to the machine's memory meanwhile."""
 
     eval_every: Interval = Field(default_factory=_evaluation_interval)
     """Steps from one evaluation to the next, or epoch; by default epoch where there is data for it."""

@@ -3,11 +3,16 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
+
+if sys.platform == "linux":
+    import resource
 
 __all__ = [
     "available_bytes",
@@ -16,6 +21,7 @@ __all__ = [
     "release_freed_memory",
     "resident_bytes",
     "resident_in_files",
+    "within_free_memory",
 ]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -27,11 +33,13 @@ def memory_bytes(network: nn.Module) -> int:
     device = next(network.parameters()).device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        kibibytes = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]
-        return int(kibibytes) * 1024
-    return resident_bytes()
+    return _of_status("VmHWM") if sys.platform == "linux" else resident_bytes()
+
+
+def _of_status(name: str) -> int:
+    """A number of bytes that Linux keeps of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
 
 
 def resident_bytes() -> int:
@@ -54,6 +62,28 @@ def available_bytes(device: torch.device) -> int:
     group = Path("/sys/fs/cgroup/memory.max")
     limit = group.read_text().strip() if group.exists() else "max"
     return bound if limit == "max" else min(bound, int(limit))
+
+
+@contextmanager
+def within_free_memory(device: torch.device, free_bytes: int | None = None) -> Iterator[None]:
+    """Within the context an allocation fails that the machine has no memory for, where Linux would promise it and kill
+    the process once it is used. On a GPU, and elsewhere than on Linux, allocations fail by themselves, or cannot be
+    made to.
+
+    free_bytes: what is free; None to look. A lower bound of the user's (`ulimit -d`) stays.
+    """
+    if sys.platform != "linux" or device.type != "cpu":
+        yield
+        return
+    bounds = resource.getrlimit(resource.RLIMIT_DATA)
+    free = available_bytes(device) - resident_bytes() if free_bytes is None else free_bytes
+    bound = _of_status("VmData") + free
+    given = [one for one in bounds if one != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(bound, *given), bounds[1]) if given else (bound, bounds[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, bounds)
 
 
 def keep_freed_memory() -> None:
