@@ -14,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from luthier.kernels.float8 import AmaxWindows
+from luthier.kernels.float8_linear import float8_linear
 from luthier.kernels.gate import GATES, gated
 from luthier.kernels.linear import linear
 from luthier.kernels.norm import rms_norm
 
-__all__ = ["FusedGatedMLP", "Fusion", "fuse"]
+__all__ = ["FastLinear", "FusedGatedMLP", "Fusion", "fuse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +32,20 @@ class Fusion:
 
 
 class FastLinear(nn.Linear):
-    """x W^T + b, by the library that is fastest for it."""
+    """x W^T + b, by the library that is fastest for it; in eight bits while it has `windows`."""
+
+    windows: AmaxWindows | None
 
     def __init__(self, old: nn.Linear) -> None:
         super().__init__(old.in_features, old.out_features, bias=False, device="meta")
         self.weight = old.weight
         self.bias = old.bias
+        self.windows = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
+        if self.windows is not None:
+            return float8_linear(x, self.weight, self.bias, self.windows)
         return linear(x, self.weight, self.bias)
 
 

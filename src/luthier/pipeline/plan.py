@@ -251,7 +251,7 @@ def _candidates(settings: Training, smallest_tokens: int) -> Iterator[tuple[str,
     yield _in_words(smallest), smallest
     if settings.dtype == "fp32":
         yield "dtype: bf16", {"dtype": "bf16"}
-    if settings.adapter is not None and settings.quantize_base is None:
+    if settings.adapter is not None and settings.quantize_base is None and settings.fp8 is None:
         yield "quantize_base: nf4", {"quantize_base": "nf4"}
     yield "gradient_checkpointing: 1", recomputed
     dtype = "bf16" if settings.dtype == "fp32" else settings.dtype

@@ -15,6 +15,8 @@ from luthier.adapters.new_tokens import numbered, with_tokens
 from luthier.adapters.switch import activate
 from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RecipeError
+from luthier.kernels.float8_linear import has_float8_product
+from luthier.models.float8 import in_float8
 from luthier.models.fuse import fuse
 from luthier.models.heads import with_head, with_trained_head
 from luthier.models.load import Model, gives_rewards, load_either
@@ -82,6 +84,9 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
     fusion = fuse(model.network)
     for name, count in fusion.kept.items():
         logger.info("%d %s differ from the fused form and run as they are", count, name)
+    if settings.fp8 is not None:
+        how = "" if has_float8_product(model.device) else ", emulated on this device: slower than without"
+        logger.info("%d linear layers multiply in eight bits%s", in_float8(model.network, settings.fp8), how)
     adapters: list[Adapter] = []
     if settings.adapter is None:
         train_all_but(model.network, settings.freeze)

@@ -25,6 +25,7 @@ from luthier.data.batches import TokenBatch, collate, pack
 from luthier.data.sequences import Item, TokenGroup
 from luthier.errors import CheckpointError, RecipeError
 from luthier.files import replacing
+from luthier.models.float8 import float8_layers
 from luthier.models.fuse import fuse
 from luthier.models.load import Model, load
 from luthier.models.quantize import quantized_as
@@ -126,9 +127,11 @@ def _filled(group: TokenGroup, values: Iterator[float]) -> TokenGroup:
 
 
 def _key(groups: Sequence[TokenGroup], model: Model, name: str | None) -> str:
-    """What decides the numbers: the tokens, the weights and their type."""
+    """What decides the numbers: the tokens, the weights and their type, and what of them is rounded to eight bits."""
     weights = model.source.weights_hash if name is None else resolve(name).weights_hash
     digest = hashlib.sha256(f"{weights} {quantized_as(model.network)} {model.dtype}".encode())
+    for layer, windows in float8_layers(model.network).items() if name is None else ():
+        digest.update(f"{layer} in float8, margin {windows.margin}".encode())
     for group in groups:
         for sequence in _with_mismatched(group).sequences:
             digest.update(sequence.token_ids.tobytes())

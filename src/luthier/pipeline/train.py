@@ -24,6 +24,7 @@ from luthier.data.prepare import Prepared
 from luthier.data.sequences import Item, TokenGroup, sequences_of
 from luthier.errors import RecipeError
 from luthier.files import write_whole
+from luthier.models.float8 import out_of_float8
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.objectives.loss import Loss
@@ -45,6 +46,7 @@ from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.diagnosis import Diagnosis
+from luthier.training.float8 import ScalesFile
 from luthier.training.loop import Objective, Run, fit, step_gradients
 from luthier.training.memory import keep_freed_memory, release_freed_memory, within_free_memory
 from luthier.training.offload import activations_on_host, host_copy
@@ -121,6 +123,7 @@ def train(
         run.state.precision.close()
     finally:
         remove_others(model.network)
+        out_of_float8(model.network)
     release_freed_memory()
     if settings.adapter is not None:
         store_adapter(model, folder / "adapter")
@@ -152,6 +155,8 @@ def make_run(
     """The Run of a prepared stage: plan, optimizer, checkpoints and who listens."""
     metrics, falls = folder / "metrics.jsonl", not isinstance(prepared, PreparedPrompts)
     listeners: list[Callback] = [MetricsFile(metrics), Diagnosis(metrics, falls=falls), *callbacks]
+    if settings.fp8 is not None:
+        listeners.append(ScalesFile(folder / "fp8.jsonl", model.network))
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
     method = STAGES[word].method(settings)

@@ -5,6 +5,7 @@ are compared. Beside them stands what averaging the micro-batches' means would h
 learns here from answers of the longest length with advantages drawn by chance.
 Dropout is off, since its draws belong to a micro-batch. All is computed in float64: in float32 the order of summation
 alone moved the gradient of a 135M model by 3e-5 of its norm, in float64 by 4e-16, so what is left is a mistake.
+For the same reason nothing is rounded to eight bits, whatever the recipe says.
 """
 
 import tempfile
@@ -76,7 +77,7 @@ def verify_loss(recipe: Recipe, *, num_sequences: int = 8, objective: Objective 
     """
     stage = recipe.stages[0]
     live = {"cache_reference": False} if isinstance(stage.settings, WithReference) else {}
-    settings = stage.settings.model_copy(update={"dtype": "fp32", **live})
+    settings = stage.settings.model_copy(update={"dtype": "fp32", "fp8": None, **live})
     model = load(recipe.model, dtype="fp32")
     items = _items(settings, model, num_sequences)
     prepare_network(settings, model)

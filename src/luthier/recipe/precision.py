@@ -1,21 +1,26 @@
-"""How a loss is scaled against underflow, where a network computes in fp16.
+"""Scales against what narrow types cannot hold: of the loss, for fp16, and of single tensors, for eight bits.
 
 Half of all gradients of a small model lie below what fp16 can hold. The loss is multiplied before the backward pass
 and the gradients are divided after it, in float32. `loss_scaling: dynamic`, `{initial: 1024}` and
 `{type: dynamic, initial: 1024}` all mean a scale that is sought while training; `none` leaves the loss as it is.
+
+Eight bits have room for so little that each layer's input, weight and gradient has a scale of its own. `fp8: delayed`,
+`{window: 32}` and `{type: delayed, window: 32}` all mean one that follows from the steps before.
 """
 
+from functools import partial
 from typing import Annotated, Literal, Self, TypeAlias
 
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, model_validator
 
 from luthier.recipe.kinds import by_type
 from luthier.recipe.problems import Problem, Problems
-from luthier.recipe.settings import Count, Settings, branches
+from luthier.recipe.settings import Count, Settings, Word, branches
 
-__all__ = ["DynamicScaling", "LossScaling", "StaticScaling"]
+__all__ = ["FP8", "CurrentFP8", "DelayedFP8", "DynamicScaling", "LossScaling", "StaticScaling"]
 
+_Margin = Annotated[int, Ge(0), Le(8)]
 _Positive = Annotated[float, Gt(0)]
 
 
@@ -61,12 +66,43 @@ class StaticScaling(Settings):
     """By what the loss is multiplied."""
 
 
-_Any: TypeAlias = DynamicScaling | StaticScaling
-_KINDS: dict[str, type[Settings]] = {kind.model_fields["type"].default: kind for kind in branches(_Any)}
+class DelayedFP8(Settings):
+    """Products in eight bits, each tensor's scale from the greatest entries of the steps before."""
+
+    type: Literal["delayed"] = "delayed"
+    """That scales follow from the steps before: all micro-batches of a step have the same ones."""
+
+    window: Count = 16
+    """How many steps are looked back on; a tensor that outgrows them is cut off for a step."""
+
+    margin: _Margin = 0
+    """By how many powers of two scales stay below what the greatest entry allows."""
+
+    skip: tuple[Word, ...] = ()
+    """Linear layers that keep the type of the others, as patterns of names (`*.down_proj`)."""
 
 
-def _by_type(value: object) -> object:
-    return by_type(value, _KINDS, default="dynamic")
+class CurrentFP8(Settings):
+    """Products in eight bits, each tensor's scale from its own greatest entry."""
+
+    type: Literal["current"] = "current"
+    """That scales follow from the tensors at hand, so nothing is cut off; a second look at each."""
+
+    margin: _Margin = 0
+    """By how many powers of two scales stay below what the greatest entry allows."""
+
+    skip: tuple[Word, ...] = ()
+    """Linear layers that keep the type of the others, as patterns of names (`*.down_proj`)."""
 
 
-LossScaling = Annotated[_Any, BeforeValidator(_by_type)]
+_AnyScaling: TypeAlias = DynamicScaling | StaticScaling
+_AnyFP8: TypeAlias = DelayedFP8 | CurrentFP8
+
+
+def _told_apart(kinds: object, *, default: str) -> BeforeValidator:
+    by_word: dict[str, type[Settings]] = {kind.model_fields["type"].default: kind for kind in branches(kinds)}
+    return BeforeValidator(partial(by_type, kinds=by_word, default=default))
+
+
+LossScaling = Annotated[_AnyScaling, _told_apart(_AnyScaling, default="dynamic")]
+FP8 = Annotated[_AnyFP8, _told_apart(_AnyFP8, default="delayed")]

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field, model_validator
 
 from luthier.recipe.adapters import AdapterSettings, LoRA
-from luthier.recipe.precision import DynamicScaling, LossScaling
+from luthier.recipe.precision import FP8, DynamicScaling, LossScaling
 from luthier.recipe.problems import Problem, Problems
 from luthier.recipe.settings import Count, Names, Settings, Share, Word
 
@@ -154,6 +154,9 @@ class Training(Settings):
     )
     """How the loss is scaled against underflow: dynamic, the default of fp16, static, or none."""
 
+    fp8: FP8 | None = None
+    """Linear products of the layers in eight bits: delayed (scales from the steps before), current, or none."""
+
     gradient_checkpointing: Annotated[bool | Annotated[int, Ge(0)] | Literal["selective"], AfterValidator(_counted)] = 0
     """Computes every Nth layer a second time in the backward pass, or with selective the feed-forward part of each:
     less memory, more time; 0 keeps all activations."""
@@ -288,6 +291,12 @@ def _base_problems(settings: Training) -> Iterator[Problem]:
         yield Problem(("quantize_base",), "a quantized model cannot be trained itself; give it an adapter")
     if settings.loss_scaling and settings.dtype != "fp16":
         yield Problem(("loss_scaling",), f"{settings.dtype} has the range of gradients; drop it or set dtype: fp16")
+    if settings.fp8 and settings.quantize_base:
+        because = f"the frozen weights are {settings.quantize_base} codes already, made dense again for each product"
+        yield Problem(("fp8",), f"{because}; drop fp8 or quantize_base")
+    if settings.fp8 and settings.dtype == "fp16":
+        because = "scales each tensor by itself, and fp16 between them scales the loss against the same underflow"
+        yield Problem(("fp8",), f"{because}; set dtype: bf16 or fp32")
     if not settings.quantize_base and isinstance(settings.adapter, LoRA) and settings.adapter.init == "loftq":
         yield Problem(("quantize_base",), "init: loftq makes good what quantizing takes away; set nf4 or int8")
 

@@ -25,6 +25,7 @@ from luthier.recipe.precision import DynamicScaling
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, Metrics
 from luthier.training.checkpoints import Checkpoints
+from luthier.training.float8 import begin_step, end_step
 from luthier.training.loss_scaling import backward, can_fall, next_scale, unscale
 from luthier.training.memory import memory_bytes
 from luthier.training.optimizers import step_if_finite
@@ -121,12 +122,14 @@ def train_step(run: Run) -> Metrics:
     started, progress, num_steps = time.perf_counter(), run.state.progress, run.plan.num_steps
     step = Step(progress.step, num_steps, run.settings.seed)
     before_step(run.adapters, step)
+    begin_step(run.state.network)
     scale = progress.loss_scale_by(run.settings.loss_scaling).scale
     measured, num_tokens = _in_room(run, scale)
     measured |= _add_penalty(run.adapters, scale)
     rate = learning_rate_at(progress.step, num_steps, run.settings)
     unscale(run.state.trained().values(), scale)
     measured["grad_norm"] = _optimize(run.state, rate, run.settings.max_grad_norm)
+    measured |= end_step(run.state.network)
     numbers = _read(measured)
     _count_or_skip(run, numbers["grad_norm"], step)
     run.state.drop_gradients()  # not before: adapters may look at gradients after a step

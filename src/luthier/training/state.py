@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.models.float8 import float8_layers
 from luthier.recipe.precision import LossScaling
 from luthier.training.loss_scaling import LossScale, first_scale
 from luthier.training.optimizers import step_if_finite
@@ -77,7 +78,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained parameters and the optimizer's state of each, under `parameter/NAME` and `optimizer/KEY/NAME`;
-        what adapters keep besides, under `buffer/NAME`.
+        what adapters keep besides, under `buffer/NAME`; the windows of layers in eight bits, under `float8/NAME`.
         """
         kept: dict[str, Tensor] = {}
         for name, parameter in self.trained().items():
@@ -86,6 +87,8 @@ class TrainState:
                 kept[f"optimizer/{key}/{name}"] = value
         for name, value in self._adapters_own().items():
             kept[f"buffer/{name}"] = value
+        for name, windows in float8_layers(self.network).items():
+            kept[f"float8/{name}"] = windows.seen
         return kept
 
     def _adapters_own(self) -> dict[str, Tensor]:
@@ -102,6 +105,8 @@ class TrainState:
             parameter.copy_(tensors[f"parameter/{name}"])
         for name, value in self._adapters_own().items():
             value.copy_(tensors[f"buffer/{name}"])
+        for name, windows in float8_layers(self.network).items():
+            windows.seen.copy_(tensors[f"float8/{name}"])
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, slot, name = key.split("/", 2)
