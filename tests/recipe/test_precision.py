@@ -1,10 +1,10 @@
-"""Loss scaling is fp16's: it is there by default, wherever the dtype was said, and refused elsewhere."""
+"""Loss scaling is fp16's, by default wherever that was said; eight bits are asked for. Both are refused elsewhere."""
 
 import pytest
 
 from luthier.errors import RecipeError
 from luthier.recipe import SFT, Recipe, Stage, dump_recipe, parse_recipe, settings_from_flags
-from luthier.recipe.precision import DynamicScaling, StaticScaling
+from luthier.recipe.precision import CurrentFP8, DelayedFP8, DynamicScaling, StaticScaling
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,42 @@ def test_flags_say_the_scaling_by_its_fields() -> None:
     assert settings_from_flags(SFT, given).loss_scaling == DynamicScaling(interval=100)
     given = {"--data": "a", "--dtype": "fp16", "--loss-scaling": "static", "--loss-scaling.scale": "64"}
     assert settings_from_flags(SFT, given).loss_scaling == StaticScaling(scale=64)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("delayed", DelayedFP8()),
+        ("{window: 32}", DelayedFP8(window=32)),
+        ("{type: delayed, margin: 1, skip: '*.down_proj'}", DelayedFP8(margin=1, skip=("*.down_proj",))),
+        ("current", CurrentFP8()),
+        ("none", None),
+        ("off", None),
+    ],
+)
+def test_eight_bits_can_be_a_word_or_fields(written: str, meant: object) -> None:
+    recipe = parse_recipe(f"stages: [{{sft: {{data: a, fp8: {written}}}}}]")
+    assert recipe.stages[0].settings.fp8 == meant
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+def test_eight_bits_are_off_by_default_and_said_by_flags() -> None:
+    assert SFT(data="a").fp8 is None
+    given = {"--data": "a", "--fp8": "current", "--fp8.margin": "2"}
+    assert settings_from_flags(SFT, given).fp8 == CurrentFP8(margin=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fp8": "delayed", "quantize_base": "nf4"}, "fp8: the frozen weights are nf4 codes already, .*; drop fp8 or"),
+        ({"fp8": "delayed", "dtype": "fp16"}, "fp8: scales each tensor by itself, and fp16 .*; set dtype: bf16 or"),
+        ({"fp8": {"type": "current", "window": 4}}, "window: unknown"),
+        ({"fp8": {"window": 0}}, "window: expected"),
+        ({"fp8": {"margin": -1}}, "margin: expected"),
+        ({"fp8": "delay"}, 'fp8: unknown type; did you mean "delayed"'),
+    ],
+)
+def test_eight_bits_that_make_no_sense_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        SFT(data="a", **given)
