@@ -91,9 +91,7 @@ def device_product(a: Float8, b: Float8, dtype: torch.dtype) -> Tensor:
 def _made_up(codes: Tensor) -> Tensor:
     """Row by row, with columns and rows of zeros, whose code is 0 in both formats."""
     rows, columns = (-size % _MULTIPLE for size in codes.shape)
-    whole = codes.contiguous().view(torch.uint8)
-    return (
-        torch.nn.functional.pad(whole, (0, columns, 0, rows)).view(codes.dtype)
-        if rows or columns
-        else codes.contiguous()
-    )
+    whole = codes.contiguous()
+    if not rows and not columns:
+        return whole
+    return torch.nn.functional.pad(whole.view(torch.uint8), (0, columns, 0, rows)).view(codes.dtype)
