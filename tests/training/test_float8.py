@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters.inject import inject
-from luthier.data.batches import collate, cut
+from luthier.data.batches import TokenBatch, collate
 from luthier.kernels.float8 import E5M2, scale_for
 from luthier.models.attention import ATTENTION, register_attention
 from luthier.models.float8 import float8_layers, in_float8
 from luthier.models.fuse import fuse
+from luthier.objectives.loss import Loss
 from luthier.recipe.adapters import LoRA
 from luthier.recipe.precision import FP8, CurrentFP8, DelayedFP8
 from luthier.training.callbacks import Metrics, MetricsFile, read_metrics
@@ -115,6 +116,24 @@ def test_from_the_second_step_on_scales_do_not_depend_on_how_a_step_is_cut(run_o
     assert other["fp8/input_scale_min"] == one["fp8/input_scale_min"]
 
 
+def test_a_step_that_is_tried_again_in_smaller_pieces_notes_nothing_of_the_first_try(run_of: RunOf) -> None:
+    """The first try's gradients are of a sum and not of a mean, so twenty times as large, when memory runs out."""
+
+    def failing(network: nn.Module, batch: TokenBatch) -> Loss:
+        loss = objective(network, batch)
+        if batch.num_tokens > 40:
+            loss.per_unit.sum().backward(retain_graph=True)
+            torch.empty(2**56)
+        return loss
+
+    ample, short = (run_of(network=network(DelayedFP8()), **FULL) for _ in range(2))
+    objective, short.objective = short.objective, failing
+    train_step(short)
+    ample.state.progress.micro_batch_tokens = short.state.progress.micro_batch_tokens
+    train_step(ample)
+    assert all(torch.equal(value, seen(ample)[name]) for name, value in seen(short).items())
+
+
 @pytest.mark.parametrize(("fp8", "adapter"), [(KINDS[0], False), (KINDS[1], True)])
 def test_a_run_that_goes_on_is_the_uninterrupted_one_to_the_bit(
     run_of: RunOf, rows_of: Callable, tmp_path: Path, fp8: FP8, adapter: bool
@@ -124,7 +143,7 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one_to_the_bit(
             made = network(fp8, adapter=adapter)
             files = [MetricsFile(folder / "metrics.jsonl"), ScalesFile(folder / "fp8.jsonl", made)]
             saved = Checkpoints(folder / "checkpoints", keep_last=2, fingerprint="one")
-            given = {"eval_fraction": 0.1, "eval_every": 2, "save_every": 2, "eval_batches": cut(rows_of(4), None)}
+            given = {"eval_fraction": 0.1, "eval_every": 2, "save_every": 2, "eval_items": rows_of(4)}
             run = run_of(network=made, checkpoints=saved, callbacks=[*files, Stop(at)], **given)
             if found := saved.latest():
                 saved.load(found, run.state)
@@ -146,7 +165,7 @@ def test_the_table_tells_of_every_layer_at_each_evaluation_and_at_the_end(
     run_of: RunOf, rows_of: Callable, tmp_path: Path
 ) -> None:
     made = network(DelayedFP8(window=4))
-    given = {"eval_fraction": 0.1, "eval_every": 4, "eval_batches": cut(rows_of(4), None)}
+    given = {"eval_fraction": 0.1, "eval_every": 4, "eval_items": rows_of(4)}
     run = run_of(network=made, callbacks=[ScalesFile(tmp_path / "fp8.jsonl", made)], **FULL, **given)
     fit(run)
     lines, layers = read_metrics(tmp_path / "fp8.jsonl"), float8_layers(made)

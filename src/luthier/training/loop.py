@@ -122,7 +122,6 @@ def train_step(run: Run) -> Metrics:
     started, progress, num_steps = time.perf_counter(), run.state.progress, run.plan.num_steps
     step = Step(progress.step, num_steps, run.settings.seed)
     before_step(run.adapters, step)
-    begin_step(run.state.network)
     scale = progress.loss_scale_by(run.settings.loss_scaling).scale
     measured, num_tokens = _in_room(run, scale)
     measured |= _add_penalty(run.adapters, scale)
@@ -156,6 +155,7 @@ def _in_room(run: Run, scale: float) -> tuple[dict[str, Tensor], int]:
 
     def work() -> tuple[dict[str, Tensor], int]:
         run.state.drop_gradients()
+        begin_step(run.state.network)
         torch.manual_seed(_mixed(run.settings.seed, index))  # dropout's draws belong to the step
         micro_batches = run.cut(index)
         measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective, scale)
