@@ -55,6 +55,7 @@ def test_flags_know_their_words_defaults_and_number() -> None:
         "--eval-data",
         "--columns",
         "--forgetting-data",
+        "--fp8.skip",
         "--freeze",
         "--report-to",
     }
