@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from luthier.pipeline.train import Summary
 from luthier.pipeline.verify_loss import verify_loss
 from luthier.pipeline.verify_resume import verify_resume
 from luthier.recipe import SFT, Recipe, parse_recipe
-from luthier.training.callbacks import read_metrics
+from luthier.training.callbacks import Callback, read_metrics
 
 STAGE = "sft: {data: ROWS, eval_data: ROWS, epochs: 4, batch_size: 4, learning_rate: 1e-3, adapter: ADAPTER, fp8: FP8}"
 
@@ -109,6 +110,15 @@ def test_afterwards_the_model_in_memory_is_the_saved_one(chat_model: Path, rows:
     saved = load(str(luthier.save(model, tmp_path / "model")))
     ids = torch.arange(9)[None]
     torch.testing.assert_close(model.network(ids).logits, saved.network(ids).logits)
+
+
+def test_an_interrupted_call_leaves_a_model_without_eight_bits(
+    chat_model: Path, rows: Path, tmp_path: Path, stop_at: Callable[[int], Callback]
+) -> None:
+    model = luthier.load(str(chat_model))
+    with pytest.raises(KeyboardInterrupt):
+        luthier.sft(model, data=rows, epochs=1, fp8="current", output=tmp_path / "run", callbacks=[stop_at(1)])
+    assert not float8_layers(model.network)
 
 
 @pytest.mark.slow

@@ -75,8 +75,8 @@ def _read_template(path: Path) -> str:
 
 
 def prepare_network(settings: Training, model: Model) -> list[Adapter]:
-    """Freezes, fuses, adapts and quantizes the network as the settings say; returns the adapters. A reward model's gets
-    a head first, which is trained whole.
+    """Freezes, fuses, adapts and quantizes the network as the settings say, and lets it multiply in eight bits; returns
+    the adapters. A reward model's gets a head first, which is trained whole.
     """
     if isinstance(settings, RewardModel):
         headed = with_head(model, seed=settings.seed)
@@ -84,9 +84,6 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
     fusion = fuse(model.network)
     for name, count in fusion.kept.items():
         logger.info("%d %s differ from the fused form and run as they are", count, name)
-    if settings.fp8 is not None:
-        how = "" if has_float8_product(model.device) else ", emulated on this device: slower than without"
-        logger.info("%d linear layers multiply in eight bits%s", in_float8(model.network, settings.fp8), how)
     adapters: list[Adapter] = []
     if settings.adapter is None:
         train_all_but(model.network, settings.freeze)
@@ -99,6 +96,9 @@ def prepare_network(settings: Training, model: Model) -> list[Adapter]:
     if isinstance(settings, PPO):
         adapters += _with_critic(settings, model)
     checkpoint_layers(model.network, settings.gradient_checkpointing)
+    if settings.fp8 is not None:
+        how = "" if has_float8_product(model.device) else ", emulated on this device: slower than without"
+        logger.info("%d linear layers multiply in eight bits%s", in_float8(model.network, settings.fp8), how)
     model.network.train()
     return adapters
 
