@@ -22,8 +22,8 @@ from luthier.kernels.streams import STREAM_MULTIPLE
 from luthier.models.attention import ATTENTION, register_attention
 from luthier.models.float8 import float8_layers, in_float8, out_of_float8
 from luthier.models.fuse import FastLinear, fuse
-from luthier.models.score import evaluating, score
 from luthier.models.recompute import checkpoint_layers
+from luthier.models.score import evaluating, score
 from luthier.recipe.adapters import LoRA
 from luthier.recipe.precision import FP8, CurrentFP8, DelayedFP8
 
