@@ -1,6 +1,6 @@
 """Tiny runs: a network from a configuration and a seed, rows of random tokens, and the Run over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,23 @@ def make_run(**given: Any) -> Run:
         micro_batch_tokens=settings.micro_batch_tokens,
         **{"objective": objective} | fields,
     )
+
+
+def break_steps(run: Run, steps: Sequence[int]) -> None:
+    """From now on the losses of these steps, counted from 0, are not numbers."""
+    sound = run.objective
+
+    def objective(network: torch.nn.Module, batch: TokenBatch) -> Loss:
+        loss = sound(network, batch)
+        factor = float("nan") if network.training and run.state.progress.step in steps else 1.0
+        return language_modelling(-loss.per_unit * factor, batch.weights, loss.per_unit.detach())
+
+    run.objective = objective
+
+
+@pytest.fixture(scope="session")
+def broken() -> Callable[[Run, Sequence[int]], None]:
+    return break_steps
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Trains one tiny run whole, then again in processes that get signal 9 at random moments, and compares the outcomes.
 
-Run by test_resume.py as `killed_run.py FOLDER KILLS SEED`. Processes are forked, so that each costs no import. Ends
-with 1 and says what differs where a killed and resumed run is not, bit for bit, the run that was left alone.
+Run by test_resume.py as `killed_run.py FOLDER KILLS SEED [STEP...]`. The gradients of these steps, counted from 0, are
+not finite, so the run goes back for them. Processes are forked, so that each costs no import. Ends with 1 and says what
+differs where a killed and resumed run is not, bit for bit, the run that was left alone.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import make_rows, make_run
+from conftest import break_steps, make_rows, make_run
 from luthier.training.callbacks import MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import fit
@@ -21,7 +22,7 @@ from luthier.training.loop import fit
 MEASURED = {"seconds", "tokens_per_second", "memory_bytes"}  # differ from run to run by nature
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, broken: list[int]) -> None:
     """From the newest checkpoint to the end: 12 steps with dropout, each saved, every other evaluated on known rows."""
     run = make_run(
         dropout=0.1,
@@ -33,19 +34,20 @@ def train(folder: Path) -> None:
         eval_items=make_rows(4),
         callbacks=[MetricsFile(folder / "metrics.jsonl")],
     )
+    break_steps(run, broken)
     assert run.checkpoints is not None
     if found := run.checkpoints.latest():
         run.checkpoints.load(found, run.state)
     fit(run)
 
 
-def is_killed(folder: Path, after_seconds: float | None) -> bool:
+def is_killed(folder: Path, broken: list[int], after_seconds: float | None) -> bool:
     """Trains in a process of its own; whether the signal, if any, came before its end."""
     process = os.fork()
     if process == 0:
         code = 1
         try:
-            train(folder)
+            train(folder, broken)
             code = 0
         finally:
             os._exit(code)
@@ -66,17 +68,17 @@ def outcome(folder: Path) -> dict[str, object]:
     return {"metrics": lines, **links, **{str(p.relative_to(folder)): p.read_bytes() for p in files}}
 
 
-def main(folder: Path, num_kills: int, seed: int) -> None:
+def main(folder: Path, num_kills: int, seed: int, broken: list[int]) -> None:
     torch.set_num_threads(1)
     draw, started = random.Random(seed), time.perf_counter()
-    is_killed(folder / "whole", None)
+    is_killed(folder / "whole", broken, None)
     whole_seconds = time.perf_counter() - started
     expected, killed = outcome(folder / "whole"), 0
     while killed < num_kills:
         name = f"killed-{killed:03d}"
-        while killed < num_kills and is_killed(folder / name, draw.uniform(0, whole_seconds)):
+        while killed < num_kills and is_killed(folder / name, broken, draw.uniform(0, whole_seconds)):
             killed += 1
-        is_killed(folder / name, None)
+        is_killed(folder / name, broken, None)
         found = outcome(folder / name)
         if found != expected:
             differing = [key for key in {*expected, *found} if expected.get(key) != found.get(key)]
@@ -85,4 +87,4 @@ def main(folder: Path, num_kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [int(step) for step in sys.argv[4:]])

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.training.callbacks import Metrics
-from luthier.training.diagnosis import Diagnosis, is_flat, is_spike, learns_by_heart, rises, swings
+from luthier.training.diagnosis import Diagnosis, is_flat, learns_by_heart, rises, swings
+from luthier.training.spikes import is_spike
 
 Curve = list[float]
 SIGNS = (is_flat, rises, swings)

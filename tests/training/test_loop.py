@@ -15,7 +15,6 @@ from luthier.data.sequences import TokenSequence
 from luthier.errors import TrainingError
 from luthier.models.recompute import checkpoint_layers
 from luthier.models.score import score
-from luthier.objectives.language import language_modelling
 from luthier.objectives.loss import Loss
 from luthier.recipe.adapters import LoRA as Settings
 from luthier.training.callbacks import Metrics
@@ -23,6 +22,7 @@ from luthier.training.loop import Run, evaluate_loss, fit, step_gradients, train
 
 RowsOf = Callable[..., list[TokenSequence]]
 RunOf = Callable[..., Run]
+Broken = Callable[[Run, Sequence[int]], None]
 
 
 class Recorder:
@@ -170,20 +170,8 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(run_of: RunOf, bound: flo
     assert clipped == pytest.approx(bound or grad_norm, rel=1e-3)
 
 
-def broken(run: Run, steps: Sequence[int]) -> None:
-    """From now on the losses of these steps, counted from 0, are not numbers."""
-    sound = run.objective
-
-    def objective(network: nn.Module, batch: TokenBatch) -> Loss:
-        loss = sound(network, batch)
-        factor = float("nan") if network.training and run.state.progress.step in steps else 1.0
-        return language_modelling(-loss.per_unit * factor, batch.weights, loss.per_unit.detach())
-
-    run.objective = objective
-
-
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(
-    run_of: RunOf, caplog: pytest.LogCaptureFixture
+    run_of: RunOf, broken: Broken, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_of()
     train_step(run)
@@ -196,7 +184,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(
     assert (run.state.progress.step, run.state.progress.skipped_steps) == (2, 1)
 
 
-def test_single_steps_that_are_left_out_do_not_end_a_run(run_of: RunOf) -> None:
+def test_single_steps_that_are_left_out_do_not_end_a_run(run_of: RunOf, broken: Broken) -> None:
     run = run_of()
     broken(run, [0, 1, 3, 4])
     fit(run)
@@ -204,7 +192,7 @@ def test_single_steps_that_are_left_out_do_not_end_a_run(run_of: RunOf) -> None:
     assert run.state.progress.skipped_steps == 0
 
 
-def test_three_left_out_in_a_row_end_the_run_with_a_reason(run_of: RunOf) -> None:
+def test_three_left_out_in_a_row_end_the_run_with_a_reason(run_of: RunOf, broken: Broken) -> None:
     run, recorder = run_of(), Recorder()
     run.callbacks = [recorder]
     broken(run, [1, 2, 3])
@@ -228,7 +216,7 @@ def test_callbacks_hear_of_every_step_and_evaluation_in_order(run_of: RunOf, row
     ]
 
 
-def test_adapters_are_called_around_each_step_that_is_taken(run_of: RunOf) -> None:
+def test_adapters_are_called_around_each_step_that_is_taken(run_of: RunOf, broken: Broken) -> None:
     class Listening(LoRA):
         before: ClassVar[list[Step]] = []
         after: ClassVar[list[int]] = []

@@ -96,10 +96,15 @@ def test_a_run_that_is_over_stays_as_it_is(
     assert all(torch.equal(value, first[name]) for name, value in again.items())
 
 
+@pytest.mark.parametrize("broken", [[], [5, 6, 7]], ids=["sound", "goes back"])
 @pytest.mark.parametrize("num_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_left_alone(tmp_path: Path, num_kills: int) -> None:
-    """Signal 9 in the middle of steps, evaluations and checkpoints; bytes of all that is left behind are compared."""
-    command = [sys.executable, str(DRIVER), str(tmp_path), str(num_kills), "0"]
+def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_left_alone(
+    tmp_path: Path, num_kills: int, broken: list[int]
+) -> None:
+    """Signal 9 in the middle of steps, evaluations, checkpoints and ways back; bytes of all that is left behind are
+    compared.
+    """
+    command = [sys.executable, str(DRIVER), str(tmp_path), str(num_kills), "0", *map(str, broken)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"killed {num_kills} times"

@@ -32,6 +32,8 @@ class Screen:
 
     def on_start(self, step: int, num_steps: int) -> None:
         self.num_steps = num_steps
+        for earlier in self.bar.task_ids:  # the run has gone back
+            self.bar.remove_task(earlier)
         self.task = self.bar.add_task(self.title, total=num_steps, completed=step, text="")
         if self.console.is_terminal:
             self.bar.start()

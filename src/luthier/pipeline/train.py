@@ -61,6 +61,7 @@ class Summary:
     """What a stage did. losses: the mean a unit of its objective; first_eval_loss: of the model before its first step.
 
     folder: the stage's own, with metrics, checkpoints and adapter.  counts: where the rows went, as `Counts` names it.
+    spikes: steps left out for a spike in their gradient. left_out_steps: those that the run went back before.
     """
 
     folder: str
@@ -75,6 +76,8 @@ class Summary:
     trained_parameters: int
     fingerprint: str
     counts: dict[str, int]
+    spikes: int
+    left_out_steps: int
 
 
 def train(
@@ -286,6 +289,8 @@ def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summ
         trained_parameters=sum(p.numel() for p in run.state.trained().values()),
         fingerprint=run.checkpoints.fingerprint,
         counts=asdict(prepared.counts),
+        spikes=run.state.progress.spikes,
+        left_out_steps=len(run.state.progress.left_out),
     )
     write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary

@@ -146,6 +146,9 @@ class Training(Settings):
     max_grad_norm: _Positive | None = 1.0
     """Gradients with a greater norm are scaled down to it; none leaves them."""
 
+    max_grad_spike: Annotated[float, Gt(1)] | None = None
+    """Leaves out a step whose gradient's norm is over so many times the median of the 50 before it; none takes all."""
+
     dtype: DType = "bf16"
     """The type of the base weights and activations; what is trained and its optimizer state stay in fp32."""
 

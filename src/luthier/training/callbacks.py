@@ -16,13 +16,15 @@ class Callback(Protocol):
     """Told of each event of a run. Metrics hold plain numbers and always `step`."""
 
     def on_start(self, step: int, num_steps: int) -> None:
-        """The first step to come is `step`, counted from 0; more than 0 for a run that goes on."""
+        """The first step to come is `step`, counted from 0; more than 0 for a run that goes on. Told once more, after
+        `on_end`, where a run goes back to an earlier step.
+        """
 
     def on_metrics(self, metrics: Metrics) -> None:
         """A step or an evaluation is over."""
 
     def on_end(self) -> None:
-        """The run is over, also when it was interrupted."""
+        """The run is over, also when it was interrupted, or goes back."""
 
 
 class MetricsFile:

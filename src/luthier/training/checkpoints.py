@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ class Checkpoints:
         link = self.folder / "best"
         return self.folder / os.readlink(link) if link.exists() else None
 
+    def newest_good(self, step: int) -> tuple[Path, int] | None:
+        """The newest whole checkpoint of at most so many steps whose last step did not fail, and its step."""
+        for path in sorted(self.folder.glob("step-*"), reverse=True):
+            if _step(path) <= step and not _failed(path) and self._is_whole(path):
+                return path, _step(path)
+        return None
+
+    def go_back_to(self, path: Path, state: TrainState, *, leaving_out: Iterable[int]) -> None:
+        """Loads a checkpoint and writes it once more, with these steps to be left out; later ones are forgotten."""
+        best = bool(_described(path).get("best"))
+        self.load(path, state)
+        state.progress.left_out = sorted({*state.progress.left_out, *leaving_out})
+        self.save(state, best=best)
+
     def load(self, path: Path, state: TrainState) -> None:
         """Puts a checkpoint into the state, bit for bit. Raises CheckpointError where it does not fit."""
         described = _described(path)
@@ -119,16 +134,20 @@ class Checkpoints:
             (self.folder / "best").unlink(missing_ok=True)
 
     def _prune(self, newest: Path) -> None:
-        """Checkpoints after the newest were damaged: the run went back behind them and is making them again."""
+        """Checkpoints after the newest were damaged, or steps failed: the run went back behind them and is making them
+        again. Those made while steps fail are kept besides, so that there is one from before to go back to.
+        """
         present = sorted(self.folder.glob("step-*"))
-        kept = {*[path for path in present if path <= newest][-self.keep_last :], self.best()}
+        good = [path for path in present if path < newest and not _failed(path)]
+        num_earlier = self.keep_last if _failed(newest) else self.keep_last - 1
+        kept = {newest, *good[max(0, len(good) - num_earlier) :], self.best()}
         for path in present:
             if path not in kept:
                 shutil.rmtree(path)
 
     def oldest_step(self) -> int:
         """The step of the oldest checkpoint that is kept, 0 where there is none."""
-        return min((int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*")), default=0)
+        return min(map(_step, self.folder.glob("step-*")), default=0)
 
     def clear(self) -> None:
         """Forgets every checkpoint, for a run that starts from the beginning."""
@@ -145,6 +164,15 @@ def load_trained(network: nn.Module, checkpoint: Path) -> None:
         for key in tensors.keys():  # noqa: SIM118, the file is no dict
             if (name := key.removeprefix("parameter/")) in places:
                 places[name].copy_(tensors.get_tensor(key))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _failed(path: Path) -> bool:
+    """Whether the last step before this checkpoint failed."""
+    return bool(_described(path).get("progress", {}).get("skipped_steps"))
 
 
 def _described(path: Path) -> dict[str, Any]:

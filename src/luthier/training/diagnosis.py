@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import fmean, median, stdev, variance
 
 from luthier.training.callbacks import Metrics, read_metrics
+from luthier.training.spikes import is_spike
 
-__all__ = ["Diagnosis", "is_flat", "is_spike", "learns_by_heart", "rises", "swings"]
+__all__ = ["Diagnosis", "is_flat", "learns_by_heart", "rises", "swings"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +80,6 @@ def learns_by_heart(held_out: Sequence[float], trained: Sequence[float]) -> bool
     best = min(range(len(held_out) - 3), key=lambda index: held_out[index])
     lowest, before = held_out[best], trained[max(best, 1)]
     return min(held_out[-3:]) > lowest + 0.02 * abs(held_out[0]) and trained[-1] < min(lowest, before)
-
-
-def is_spike(norm: float, before: Sequence[float]) -> bool:
-    """The gradient's norm is over ten times the median of the 50 before it, and over that of the run's first 20, which
-    it takes to say so.
-    """
-    return len(before) >= 20 and norm > 10 * median(before[-50:]) and norm > median(before[:20])
 
 
 class Diagnosis:
@@ -156,7 +150,7 @@ class Diagnosis:
         return {
             "spike": f"the gradient's norm is {norm:.3g} where {median(before):.3g} is usual: a row unlike others, or "
             f"learning_rate ({metrics['learning_rate']:.2g} now) is too high; look at the data, and set max_grad_norm "
-            "near what is usual"
+            "near what is usual, or max_grad_spike: 10, which leaves such steps out"
         }
 
     def _of_curve(self, metrics: Metrics) -> dict[str, str]:

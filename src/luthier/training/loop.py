@@ -29,8 +29,10 @@ from luthier.training.float8 import begin_step, end_step
 from luthier.training.loss_scaling import backward, can_fall, next_scale, unscale
 from luthier.training.memory import memory_bytes
 from luthier.training.optimizers import step_if_finite
+from luthier.training.recovery import MOST_FAILED, go_back_before_failure
 from luthier.training.room import Room
 from luthier.training.schedules import learning_rate_at
+from luthier.training.spikes import remembered, spike_bound
 from luthier.training.state import TrainState
 
 __all__ = ["Guard", "Measure", "Objective", "Preparation", "Run", "evaluate_loss", "fit", "step_gradients"]
@@ -42,8 +44,6 @@ Preparation = Callable[[nn.Module, Sequence[TokenBatch]], list[TokenBatch]]
 """What an objective needs of all micro-batches of a step before the first of them, such as a baseline."""
 Measure = Callable[[nn.Module, Sequence[TokenBatch]], dict[str, float]]
 Guard = Callable[[dict[str, float]], str | None]
-
-_MAX_SKIPPED_IN_A_ROW = 3
 
 
 @dataclass
@@ -93,28 +93,66 @@ class Run:
 def fit(run: Run) -> Metrics:
     """Trains from where the state is to the end of the plan. Returns the metrics of the last step.
 
-    Raises TrainingError when the gradient is not finite for several steps in a row.
+    Where the gradient is not finite for several steps in a row, or the weights are not, the run goes back to the last
+    good checkpoint and leaves these steps out. Raises TrainingError where that cannot be done or does not help.
     """
-    progress, num_steps = run.state.progress, run.plan.num_steps
     metrics: Metrics = {}
-    for callback in run.callbacks:
-        callback.on_start(progress.step, num_steps)
     try:
-        if run.evaluates and progress.step == 0:
-            best = _evaluate(run)
-            if run.guard and run.checkpoints:  # there must be something to go back to
-                run.checkpoints.save(run.state, best=best)
-        while progress.step < num_steps and not progress.early_stopped:
-            metrics = train_step(run)
-            _tell(run, metrics)
-            _ask_guard(run, metrics)
-            _evaluate_and_save(run, last=progress.step == num_steps)
-        if progress.stopped_by:
+        _begin(run)
+        while run.state.progress.step < run.plan.num_steps and not run.state.progress.early_stopped:
+            metrics = _next_step(run) or metrics
+            if trouble := _trouble(run):
+                _start_again(run, trouble)
+            else:
+                _evaluate_and_save(run)
+        if run.state.progress.stopped_by:
             _go_back(run)
     finally:
         for callback in run.callbacks:
             callback.on_end()
     return metrics
+
+
+def _begin(run: Run) -> None:
+    """Says from where the run goes on, and measures the model before its first step."""
+    progress = run.state.progress
+    for callback in run.callbacks:
+        callback.on_start(progress.step, run.plan.num_steps)
+    if run.evaluates and progress.step == 0:
+        progress.best_loss, progress.stale_evaluations = None, 0  # a run may come back to its start
+        best = _evaluate(run)
+        if run.guard and run.checkpoints:  # there must be something to go back to
+            run.checkpoints.save(run.state, best=best)
+
+
+def _next_step(run: Run) -> Metrics | None:
+    """Takes the step and tells of it; one that the run has gone back for is passed over."""
+    progress = run.state.progress
+    if progress.step in progress.left_out:
+        progress.step += 1
+        return None
+    metrics = train_step(run)
+    if progress.skipped_steps < MOST_FAILED:
+        _tell(run, metrics)
+        _ask_guard(run, metrics)
+    return metrics
+
+
+def _trouble(run: Run) -> str | None:
+    """Why nobody can go on from here, if so. Weights are looked at before they are measured or saved."""
+    progress = run.state.progress
+    if progress.skipped_steps >= MOST_FAILED:
+        return f"the gradient was not finite for {progress.skipped_steps} steps in a row"
+    if (_evaluates_now(run) or _saves_now(run)) and not run.state.is_finite():
+        return "the weights or the optimizer's moments are not finite"
+    return None
+
+
+def _start_again(run: Run, trouble: str) -> None:
+    go_back_before_failure(run.state, run.checkpoints, trouble, num_steps=run.plan.num_steps)
+    for callback in run.callbacks:
+        callback.on_end()
+    _begin(run)
 
 
 def train_step(run: Run) -> Metrics:
@@ -127,10 +165,12 @@ def train_step(run: Run) -> Metrics:
     measured |= _add_penalty(run.adapters, scale)
     rate = learning_rate_at(progress.step, num_steps, run.settings)
     unscale(run.state.trained().values(), scale)
-    measured["grad_norm"] = _optimize(run.state, rate, run.settings.max_grad_norm)
+    measured |= _optimize(run, rate)
     measured |= end_step(run.state.network)
     numbers = _read(measured)
-    _count_or_skip(run, numbers["grad_norm"], step)
+    _count_or_skip(run, numbers["grad_norm"], step, left_out=bool(numbers["skipped"]))
+    if run.settings.max_grad_spike is None:
+        del numbers["skipped"]  # a gradient that is not finite says so itself
     run.state.drop_gradients()  # not before: adapters may look at gradients after a step
     progress.step += 1
     progress.tokens += num_tokens
@@ -214,32 +254,39 @@ def _read(measured: dict[str, Tensor]) -> dict[str, float]:
     return read
 
 
-def _optimize(state: TrainState, rate: float, max_grad_norm: float | None) -> Tensor:
-    """Clips and steps, unless the gradient is not finite; returns its norm before clipping."""
+def _optimize(run: Run, rate: float) -> dict[str, Tensor]:
+    """Clips and steps, unless the gradient is not finite or a spike. Returns its norm before clipping, and whether the
+    step was left out.
+    """
+    state, settings = run.state, run.settings
     parameters = [p for p in state.trained().values() if p.grad is not None]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+    most = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, most)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["rate_ratio"]
-    step_if_finite(state.optimizer, grad_norm)
+    factor = settings.max_grad_spike
+    bound = math.inf if factor is None else spike_bound(state.progress.norms, factor)
+    left_out = step_if_finite(state.optimizer, grad_norm, at_most=bound)
     state.precision.write_back()
-    return grad_norm
+    return {"grad_norm": grad_norm, "skipped": left_out}
 
 
-def _count_or_skip(run: Run, grad_norm: float, step: Step) -> None:
+def _count_or_skip(run: Run, grad_norm: float, step: Step, *, left_out: bool) -> None:
     """What follows a step that was taken, or one that the optimizer left out."""
     progress, finite = run.state.progress, math.isfinite(grad_norm)
     overflows = _adjust_scale(run, finite=finite)
+    if run.settings.max_grad_spike is not None:
+        progress.norms = remembered(progress.norms, grad_norm)
     if finite:
         progress.skipped_steps = 0
-        after_step(run.adapters, step)
+        progress.spikes += left_out
     elif not overflows:
         progress.skipped_steps += 1
-        logger.warning("step %d: the gradient is %s; the step is left out", progress.step + 1, grad_norm)
-        if progress.skipped_steps >= _MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"step {progress.step + 1}: the gradient was not finite for {progress.skipped_steps} steps in a row; "
-                "lower learning_rate, or set dtype: fp32; the last good checkpoint is kept"
-            )
+    if not left_out:
+        after_step(run.adapters, step)
+    elif not overflows:
+        what = f"norm is {grad_norm:.3g}, a spike" if finite else f"is {grad_norm}"
+        logger.warning("step %d: the gradient %s; the step is left out", progress.step + 1, what)
 
 
 def _adjust_scale(run: Run, *, finite: bool) -> bool:
@@ -279,13 +326,22 @@ def _evaluated(network: nn.Module, batches: Sequence[TokenBatch], objective: Obj
     return {"loss": mean, **perplexity, **_read(totals)}
 
 
-def _evaluate_and_save(run: Run, *, last: bool) -> None:
-    progress, settings = run.state.progress, run.settings
-    best = False
-    if run.evaluates and (last or progress.stopped_by or _due(run, settings.eval_every)):
-        best = _evaluate(run)
-    if run.checkpoints and (last or best or progress.early_stopped or _due(run, settings.save_every)):
+def _evaluate_and_save(run: Run) -> None:
+    best = _evaluates_now(run) and _evaluate(run)
+    if run.checkpoints and (best or _saves_now(run)):
         run.checkpoints.save(run.state, best=best)
+
+
+def _evaluates_now(run: Run) -> bool:
+    return run.evaluates and (_ends(run) or _due(run, run.settings.eval_every))
+
+
+def _saves_now(run: Run) -> bool:
+    return _ends(run) or _due(run, run.settings.save_every)
+
+
+def _ends(run: Run) -> bool:
+    return run.state.progress.step == run.plan.num_steps or run.state.progress.early_stopped
 
 
 def _go_back(run: Run) -> None:

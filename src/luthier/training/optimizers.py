@@ -5,6 +5,7 @@ writes each number once (on a CPU 12 times faster than the other), takes no memo
 step out on the device, without the program waiting for the gradient.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -110,10 +111,13 @@ def _depth_ratios(network: nn.Module, layer_decay: float) -> dict[int, float]:
     }
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
-    """One step, or none where the norm is not finite: parameters, moments and count then stay. Decided on the device.
+def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, at_most: float = math.inf) -> Tensor:
+    """One step, or none where the norm is not finite or over a bound: parameters, moments and count then stay.
 
-    `found_inf` is how PyTorch's loss scaling (torch.amp.GradScaler) tells it to a fused optimizer, and to ours.
+    Returns 1 where the step is left out, else 0, on the device, where that is decided. `found_inf` is how PyTorch's
+    loss scaling (torch.amp.GradScaler) tells it to a fused optimizer, and to ours.
     """
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+    left_out = (~torch.isfinite(grad_norm) | (grad_norm > at_most)).float()
+    optimizer.found_inf = left_out  # type: ignore[attr-defined]
     optimizer.step()
+    return left_out

@@ -23,8 +23,11 @@ __all__ = ["Progress", "TrainState"]
 @dataclass
 class Progress:
     """Numbers that go on counting. best_loss: of the evaluations so far. stale_evaluations: since it last fell.
-    stopped_by: what a guard said when it ended the training. loss_scale, good_steps: the next step's `LossScale`, once
-    there was a step. micro_batch_tokens: the bound on a micro-batch, once memory has run out.
+    skipped_steps: in a row, up to now, for a gradient that was not finite. stopped_by: what a guard said when it ended
+    the training. loss_scale, good_steps: the next step's `LossScale`, once there was a step. micro_batch_tokens: the
+    bound on a micro-batch, once memory has run out. spikes: steps left out for one. norms: what `remembered` keeps,
+    where spikes are looked for. left_out: steps, counted from 0 and rising, that the run went back before and leaves
+    out.
     """
 
     step: int = 0
@@ -37,6 +40,9 @@ class Progress:
     loss_scale: float | None = None
     good_steps: int = 0
     micro_batch_tokens: int | None = None
+    spikes: int = 0
+    norms: list[float] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
 
     def loss_scale_by(self, settings: LossScaling | None) -> LossScale:
         """By what the next step's loss is multiplied."""
@@ -91,6 +97,11 @@ class TrainState:
             kept[f"float8/{name}"] = windows.seen
         return kept
 
+    def is_finite(self) -> bool:
+        """Whether all trained parameters and their moments are numbers, so that one can go on from them."""
+        kept = [tensor for tensor in self.tensors().values() if tensor.is_floating_point()]
+        return all(bool(tensor.isfinite().all()) for tensor in kept)
+
     def _adapters_own(self) -> dict[str, Tensor]:
         """What adapters keep from step to step besides parameters."""
         stored = self.network.state_dict(keep_vars=True)
@@ -103,6 +114,7 @@ class TrainState:
         by_name = self.trained()
         for name, parameter in by_name.items():
             parameter.copy_(tensors[f"parameter/{name}"])
+            self.optimizer.state.pop(parameter, None)
         for name, value in self._adapters_own().items():
             value.copy_(tensors[f"buffer/{name}"])
         for name, windows in float8_layers(self.network).items():
