@@ -34,11 +34,11 @@ def split(folder: Path) -> dict[str, str]:
 
 def contenders(rate: float, hot: float) -> dict[str, dict[str, Any]]:
     """What each run has of its own."""
-    free = {"forgetting_data": str(GENERAL), "forgetting_stop": LET_GO}
+    free = {"forgetting": {"text": str(GENERAL), "stop": LET_GO}}
     return {
         "alone": {"learning_rate": rate, **free},
         "30% general": {"learning_rate": rate, "mix": {str(MIXED): 0.3}, **free},
-        "too hot": {"learning_rate": hot, "forgetting_data": str(GENERAL)},
+        "too hot": {"learning_rate": hot, "forgetting": str(GENERAL)},
     }
 
 

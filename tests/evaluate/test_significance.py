@@ -1,10 +1,13 @@
-"""A win rate lies within its interval, which is Wilson's."""
+"""A win rate lies within its interval, which is Wilson's; a fall of an accuracy has the error of paired differences."""
+
+import math
+import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.evaluate.significance import WinRate, wilson_interval, win_rate
+from luthier.evaluate.significance import WinRate, fall_between, wilson_interval, win_rate
 from luthier.evaluate.verdicts import Outcome, Verdict
 
 counts = st.integers(0, 300)
@@ -50,3 +53,27 @@ def test_seen_from_the_other_side_the_rate_is_its_complement(wins: int, ties: in
 def test_more_verdicts_make_it_surer(wins: int, losses: int) -> None:
     few, many = (win_rate(verdicts(wins=n * wins, losses=n * losses)) for n in (1, 2))
     assert many.high - many.low < few.high - few.low
+
+
+def test_a_fall_within_two_standard_errors_is_none() -> None:
+    """Four lost of 100 and none won: 0.04, with sqrt(4 - 0.16) / 100 = 0.0196; three of four within chance."""
+    before = [True] * 60 + [False] * 40
+    lost = [False] * 4 + before[4:]
+    found = fall_between(before, lost)
+    assert (found.fall, found.error) == (pytest.approx(0.04), pytest.approx(0.019596, rel=1e-4))
+    assert found.is_over(0.02)
+    assert not found.is_over(0.05)
+    traded = [*lost[:97], True, True, True]
+    assert fall_between(before, traded).fall == pytest.approx(0.01)
+    assert not fall_between(before, traded).is_over(0.0)
+    assert not fall_between(before, before).is_over(0.0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
+def test_the_error_of_a_fall_is_that_of_the_paired_differences(pairs: list[tuple[bool, bool]]) -> None:
+    """The standard error of a mean of n differences of -1, 0 and 1, with n and not n - 1 below."""
+    before, after = zip(*pairs, strict=True)
+    differences = [was - now for was, now in pairs]
+    found = fall_between(before, after)
+    assert found.fall == pytest.approx(statistics.fmean(differences))
+    assert found.error == pytest.approx(statistics.pstdev(differences) / math.sqrt(len(pairs)))

@@ -54,10 +54,14 @@ def test_flags_know_their_words_defaults_and_number() -> None:
         "--data",
         "--eval-data",
         "--columns",
-        "--forgetting-data",
+        "--forgetting",
+        "--forgetting.questions",
+        "--forgetting.text",
         "--fp8.skip",
         "--freeze",
         "--report-to",
+        "--watch",
+        "--watch.prompts",
     }
 
 

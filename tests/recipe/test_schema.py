@@ -15,6 +15,8 @@ GOOD = [
     "stages: [{sft: {data: [a, b], adapter: none, gradient_checkpointing: true, max_steps: none}}]",
     "stages: [{sft: {data: a, adapter: lora, report_to: tensorboard, eval_fraction: 0.1, eval_every: epoch}}]",
     "stages: [{sft: {data: a, adapter: {r: 8, alpha: 3, target_modules: [q_proj]}, columns: {prompt: question}}}]",
+    "stages: [{sft: {data: a, eval_fraction: 0.1, forgetting: general.txt, watch: [Hi, 'Who are you?']}}]",
+    "stages: [{sft: {data: a, eval_data: b, forgetting: {questions: q, num_questions: 9}, watch: {prompts: Hi}}}]",
     "{model: m, output: o, seed: 1, stages: [{pretrain: {data: a, mix: {b: 0.3}}}, {sft: {data: a, save_every: 9}}]}",
 ]
 BAD = [
@@ -29,6 +31,8 @@ BAD = [
     "stages: [{sft: {data: a, adapter: {r: x}}}]",
     "stages: [{sft: {data: a, model: b}}]",
     "stages: [{pretrain: {data: a, mix: {b: 2}}}]",
+    "stages: [{sft: {data: a, eval_fraction: 0.1, forgetting: 3}}]",
+    "stages: [{sft: {data: a, eval_fraction: 0.1, forgetting: {txt: a}}}]",
     "{dtype: fp61, stages: [{sft: {data: a}}]}",
 ]
 

@@ -24,7 +24,7 @@ from luthier.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TrainOn", "encode_chat", "encode_prompt", "encode_text"]
+__all__ = ["TrainOn", "encode_chat", "encode_continuation", "encode_prompt", "encode_text"]
 
 TrainOn = Literal["assistant", "last", "all"]
 
@@ -41,17 +41,38 @@ def encode_text(text: str, origin: Origin, tokenizer: PreTrainedTokenizerBase) -
     Before it stands what the tokenizer itself adds (BOS for Llama and Gemma, nothing for GPT-2 or Qwen), after it
     `eos_token`, so that the model learns where documents end. A special token that the text spells stays text.
     """
-    bare, dressed = (list(tokenizer.encode("x", add_special_tokens=special)) for special in (False, True))
-    start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
-    before, after = dressed[:start], dressed[start + len(bare) :]
+    before, after = _around(tokenizer)
     if not after and tokenizer.eos_token_id is not None:
         after = [tokenizer.eos_token_id]
+    ids = [*before, *_plain(text, origin, tokenizer), *after]
+    return _sequence(ids, [(0, len(ids))], origin)
+
+
+def encode_continuation(start: str, end: str, origin: Origin, tokenizer: PreTrainedTokenizerBase) -> TokenSequence:
+    """Plain text that goes on, of which the end is trained: the tokens from where the start alone has others.
+
+    Before it stands what the tokenizer itself adds, after it nothing.
+    """
+    before, _ = _around(tokenizer)
+    ids, alone = ([*before, *_plain(text, origin, tokenizer)] for text in (start + end, start))
+    shared = next((i for i, pair in enumerate(zip(ids, alone, strict=False)) if pair[0] != pair[1]), len(alone))
+    return _sequence(ids, [(shared, len(ids))], origin)
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before a text, and after it."""
+    bare, dressed = (list(tokenizer.encode("x", add_special_tokens=special)) for special in (False, True))
+    start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
+    return dressed[:start], dressed[start + len(bare) :]
+
+
+def _plain(text: str, origin: Origin, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The text's ids; a special token that it spells stays text."""
     encoder = text_encoder(tokenizer)
     try:
-        ids = [*before, *encoder.encode(encoder.guard(text)), *after]
+        return encoder.encode(encoder.guard(text))
     except DataError as error:
         raise type(error)(f"{origin}: {error}") from error
-    return _sequence(ids, [(0, len(ids))], origin)
 
 
 def encode_chat(

@@ -1,14 +1,14 @@
-"""How sure a count is: the share of comparisons that were won, with its confidence interval."""
+"""How sure a count is: the share of comparisons that were won, and the fall of an accuracy, each with its error."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
 from luthier.evaluate.verdicts import Verdict
 
-__all__ = ["WinRate", "wilson_interval", "win_rate"]
+__all__ = ["Fall", "WinRate", "fall_between", "wilson_interval", "win_rate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,31 @@ class WinRate:
             f"{100 * self.rate:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f}), "
             f"{self.wins} wins, {self.ties} ties, {self.losses} losses"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Fall:
+    """How far an accuracy has fallen, as a share of the questions, and the standard error of that."""
+
+    fall: float
+    error: float
+
+    def is_over(self, bound: float) -> bool:
+        """Whether it has fallen by more than the bound, and by more than two standard errors, which chance may give."""
+        return self.fall > max(bound, 2 * self.error)
+
+
+def fall_between(before: Sequence[bool], after: Sequence[bool]) -> Fall:
+    """(b - c) / n and sqrt(b + c - (b - c)^2 / n) / n        McNemar 1947: n questions that were answered twice
+
+    b: of those answered rightly before, how many are not now; c: the other way round. Questions that are answered alike
+    twice say nothing, so this error is much smaller than that of two accuracies on questions of their own.
+    """
+    num_questions = len(before)
+    lost = sum(was and not now for was, now in zip(before, after, strict=True))
+    won = sum(now and not was for was, now in zip(before, after, strict=True))
+    spread = lost + won - (lost - won) ** 2 / num_questions
+    return Fall((lost - won) / num_questions, sqrt(spread) / num_questions)
 
 
 def win_rate(verdicts: Iterable[Verdict], *, confidence: float = 0.95) -> WinRate:

@@ -26,7 +26,7 @@ __all__ = [
     "has_trained",
 ]
 
-FREE_SETTINGS = frozenset({"keep_last", "on_error", "output", "report_to", "resume"})
+FREE_SETTINGS = frozenset({"keep_last", "on_error", "output", "report_to", "resume", "watch"})
 """Settings that decide no number: they may differ between the parts of one run."""
 
 _RECIPE = "recipe.yaml"

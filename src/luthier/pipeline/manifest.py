@@ -82,7 +82,8 @@ def data_hashes(settings: Training) -> dict[str, str]:
     where a name matches no file.
     """
     mixed = settings.mix if isinstance(settings, Pretrain) else ()
-    named = [settings.data, settings.eval_data, settings.forgetting_data, *mixed]
+    guard = settings.forgetting
+    named = [settings.data, settings.eval_data, *((guard.text, guard.questions) if guard else ()), *mixed]
     files = {file for names in named if names is not None for file in find_files(names)}
     return {name: file_hash(Path(name)) for name in sorted(files)} | rewards_of(settings)
 

@@ -29,7 +29,7 @@ from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.objectives.loss import Loss
 from luthier.pipeline.claim import FREE_SETTINGS
-from luthier.pipeline.forgetting import general_text, watch_forgetting
+from luthier.pipeline.forgetting import general_data, watch_forgetting
 from luthier.pipeline.live import store_adapter
 from luthier.pipeline.manifest import rewards_of
 from luthier.pipeline.on_policy import on_rollouts, remove_others
@@ -163,8 +163,8 @@ def make_run(
     if "tensorboard" in settings.report_to:
         listeners.append(TensorBoard(folder / "tensorboard"))
     method = STAGES[word].method(settings)
-    general = general_text(settings, model.tokenizer)
-    fingerprint = _fingerprint(settings, model, prepared, general)
+    general = general_data(settings, model.tokenizer)
+    fingerprint = _fingerprint(settings, model, prepared, general.items)
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, fingerprint=fingerprint)
     run = Run(
         state=fresh_state(settings, model),
@@ -182,15 +182,16 @@ def make_run(
     )
     if isinstance(prepared, PreparedPrompts):
         on_rollouts(run, prepared, model, folder, functions=functions)
-    if general:
+    if general.items:
         watch_forgetting(run, general, folder)
     return run
 
 
 def _fingerprint(settings: Training, model: Model, prepared: Prepared, general: Sequence[Item]) -> str:
     """What must be equal for a checkpoint to be of this run: all that decides its numbers."""
-    hashed_below = {"model", "data", "eval_data", "forgetting_data"}
-    digest = hashlib.sha256(settings.model_dump_json(exclude={*FREE_SETTINGS, *hashed_below}).encode())
+    elsewhere = dict.fromkeys((*FREE_SETTINGS, "model", "data", "eval_data"), True)  # free, or hashed below
+    named = settings.model_dump_json(exclude={**elsewhere, "forgetting": {"text", "questions"}})
+    digest = hashlib.sha256(named.encode())
     digest.update(weights_hash(model.source.folder).encode())
     if isinstance(prepared, PreparedPrompts):
         digest.update(f"{digest_of_prompts(prepared)} {list(rewards_of(settings).values())}".encode())

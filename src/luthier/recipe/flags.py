@@ -3,7 +3,8 @@
 Every field is one flag: dashes for underscores, dots for what is nested (`--adapter.target-modules`), and help from the
 string under the field. Several values are the flag given several times; names with values are `name=value`, and
 the last `=` separates. `--adapter none` trains the model itself, `--adapter lora` or any `--adapter.r 8` an adapter;
-`--reward numeric` is a reward by its type, `--reward rewards.py:score` one by its function.
+`--reward numeric` is a reward by its type, `--reward rewards.py:score` one by its function. `--forgetting general.txt`
+is the field that a bare value means, `--forgetting.text`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from luthier.errors import RecipeError
 from luthier.recipe.problems import Problem, Problems, nearest, problems_in, unknown
-from luthier.recipe.settings import Settings, branches, type_names
+from luthier.recipe.settings import Settings, branches, short_forms, type_names
 
 __all__ = ["Flag", "flags_of", "settings_from_flags"]
 
@@ -74,7 +75,7 @@ def settings_from_flags(cls: type[S], values: Mapping[str, object]) -> S:
 def _flags(cls: type[Settings], path: tuple[str, ...]) -> Iterator[Flag]:
     for name, field in cls.model_fields.items():
         nested = _nested(field.annotation)
-        if _choices(field.annotation) or not nested:
+        if _choices(field.annotation) or short_forms(field.annotation) or not nested:
             yield _flag((*path, name), field)
         for member in nested:
             yield from _flags(member, (*path, name))
@@ -88,7 +89,7 @@ def _flag(path: tuple[str, ...], field: FieldInfo) -> Flag:
         default=_default(field),
         help=" ".join((field.description or "").split()),
         required=field.is_required() and len(path) == 1,  # deeper, only where its type is chosen
-        multiple=any(get_origin(kind) in (tuple, dict) for kind in branches(field.annotation)),
+        multiple=_takes_several(field.annotation),
         choices=() if _reads_functions(field) else _choices(field.annotation),
     )
 
@@ -99,6 +100,12 @@ def _name(path: tuple[str, ...]) -> str:
 
 def _nested(annotation: Any) -> list[type[Settings]]:
     return [kind for kind in branches(annotation) if isinstance(kind, type) and issubclass(kind, Settings)]
+
+
+def _takes_several(annotation: Any) -> bool:
+    short = [kind.model_fields[str(kind.short_form)] for kind in _nested(annotation) if kind.short_form is not None]
+    kinds = [*branches(annotation), *(kind for field in short for kind in branches(field.annotation))]
+    return any(get_origin(kind) in (tuple, dict) for kind in kinds)
 
 
 def _default(field: FieldInfo) -> object:
@@ -177,6 +184,8 @@ def _value(flag: Flag, value: object) -> object:
     several = list(value) if isinstance(value, list | tuple) else [value]
     if any(get_origin(kind) is dict for kind in branches(flag.annotation)):
         return dict(_entry(flag, str(entry)) for entry in several)
+    if (short := short_forms(flag.annotation)) and several != ["none"]:
+        return {short[0]: several[0] if len(several) == 1 else several}
     return several[0] if len(several) == 1 else several
 
 

@@ -8,7 +8,7 @@ because flags do and because YAML 1.1 takes `2e-5` for text.
 
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Le, MinLen
 from pydantic import (
@@ -25,7 +25,7 @@ from pydantic_core import CoreSchema
 from luthier.errors import RecipeError
 from luthier.recipe.problems import Problems, problems_in
 
-__all__ = ["Count", "Names", "Settings", "Share", "Word", "branches", "settings_from", "type_names"]
+__all__ = ["Count", "Names", "Settings", "Share", "Word", "branches", "settings_from", "short_forms", "type_names"]
 
 Count = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -47,12 +47,17 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise RecipeError(_sentences(error, values)) from None
 
+    short_form: ClassVar[str | None] = None
+    """The field that a word, or a list of words, in place of these settings means."""
+
     # pydantic's own mark: settings within others are validated without __init__, and their errors are gathered
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="wrap")
     @classmethod
     def _say_every_problem(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls.short_form is not None and isinstance(value, str | list | tuple):
+            value = {cls.short_form: value}
         try:
             return handler(_as_meant(value, cls.model_fields))
         except ValidationError as error:
@@ -62,7 +67,10 @@ class Settings(BaseModel):
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema = handler(core_schema)
         for name, described in handler.resolve_ref_schema(schema).get("properties", {}).items():
-            _admit_as_written(described, type_names(cls.model_fields[name].annotation))
+            annotation = cls.model_fields[name].annotation
+            if short_forms(annotation):
+                described["anyOf"] += [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+            _admit_as_written(described, type_names(annotation))
         return schema
 
 
@@ -94,6 +102,12 @@ def type_names(annotation: Any) -> list[str]:
     """The words for the settings that an annotation admits, where these are told apart by a field `type`."""
     kinds = [kind for kind in branches(annotation) if isinstance(kind, type) and issubclass(kind, Settings)]
     return [str(kind.model_fields["type"].default) for kind in kinds if "type" in kind.model_fields]
+
+
+def short_forms(annotation: Any) -> list[str]:
+    """The fields that bare words mean, of the settings that an annotation admits."""
+    kinds = [kind for kind in branches(annotation) if isinstance(kind, type) and issubclass(kind, Settings)]
+    return [kind.short_form for kind in kinds if kind.short_form is not None]
 
 
 def _as_meant(values: object, fields: Mapping[str, FieldInfo]) -> object:

@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field, model_validator
 
 from luthier.recipe.adapters import AdapterSettings, LoRA
+from luthier.recipe.guards import Forgetting, Watch
 from luthier.recipe.precision import FP8, DynamicScaling, LossScaling
 from luthier.recipe.problems import Problem, Problems
 from luthier.recipe.settings import Count, Names, Settings, Share, Word
@@ -179,17 +180,11 @@ class Training(Settings):
     early_stopping: Count | None = None
     """Ends the training after so many evaluations in a row without a better loss."""
 
-    forgetting_data: Word | Names | None = None
-    """Files of general text on which the perplexity is measured at each evaluation, against forgetting."""
+    forgetting: Forgetting | None = None
+    """A guard against forgetting: files of general text, or settings; the training ends where it costs too much."""
 
-    forgetting_tokens: Annotated[int, Ge(2)] = 8192
-    """How many tokens of forgetting_data are measured on, its first ones."""
-
-    forgetting_warn: _Positive = 0.05
-    """The share by which that perplexity may rise over the untrained model's before a warning."""
-
-    forgetting_stop: _Positive = 0.15
-    """The share by which it may rise before the training ends and goes back to the best checkpoint."""
+    watch: Watch | None = None
+    """Prompts that are answered at each evaluation, kept in watched.jsonl and looked through for signs of collapse."""
 
     report_to: tuple[Tracker, ...] = ()
     """Where metrics go besides metrics.jsonl."""
@@ -208,7 +203,7 @@ class Training(Settings):
             *_base_problems(self),
             *_optimizer_problems(self),
         ]
-        found += _forgetting_problems(self)
+        found += _guard_problems(self)
         if self.freeze and self.adapter is not None:
             found.append(
                 Problem(("freeze",), "an adapter leaves the whole model frozen; drop freeze or set adapter: none")
@@ -278,15 +273,10 @@ def _evaluation_problems(settings: Training) -> Iterator[Problem]:
         yield Problem(("early_stopping",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
 
 
-def _forgetting_problems(settings: Training) -> Iterator[Problem]:
-    if settings.forgetting_data and not settings.eval_every:
-        yield Problem(("forgetting_data",), "needs evaluations; give eval_data or eval_fraction, and eval_every")
-    if settings.forgetting_warn > settings.forgetting_stop:
-        yield Problem(("forgetting_warn",), "lies over forgetting_stop, where the training ends; lower it")
-    for name in ("forgetting_tokens", "forgetting_warn", "forgetting_stop"):
-        usual = type(settings).model_fields[name].default
-        if not settings.forgetting_data and getattr(settings, name) != usual:
-            yield Problem((name,), "has no effect without forgetting_data; name some general text, or drop it")
+def _guard_problems(settings: Training) -> Iterator[Problem]:
+    for name in ("forgetting", "watch"):
+        if getattr(settings, name) is not None and not settings.eval_every:
+            yield Problem((name,), "needs evaluations; give eval_data or eval_fraction, and eval_every")
 
 
 def _base_problems(settings: Training) -> Iterator[Problem]:
