@@ -31,7 +31,7 @@ def test_python_and_recipes_take_the_same_forms(value: object) -> None:
     made = SFT(**GIVEN, forgetting=value, watch="Who are you?")
     assert made.forgetting == Forgetting(**(value if isinstance(value, dict) else {"text": value}))
     assert made.watch == Watch(prompts=("Who are you?",))
-    text = f"stages: [{{sft: {{data: a, eval_fraction: 0.1, forgetting: {value}, watch: [Who are you?]}}}}]"
+    text = f"stages: [{{sft: {{data: a, eval_fraction: 0.1, forgetting: {value}, watch: ['Who are you?']}}}}]"
     recipe = parse_recipe(text)
     assert recipe.stages[0].settings.forgetting == made.forgetting
     assert parse_recipe(dump_recipe(recipe)) == recipe

@@ -17,6 +17,7 @@ from luthier.errors import CheckpointError
 from luthier.files import replacing
 from luthier.pipeline.report_svg import FRAME, Chart, Line, chart, smoothed
 from luthier.pipeline.rounds import read_rounds
+from luthier.pipeline.watch import WATCHED, read_watched
 from luthier.recipe.document import Recipe, load_recipe
 from luthier.training.callbacks import Metrics, read_metrics
 
@@ -55,7 +56,8 @@ class _Card:
 @dataclass(frozen=True, slots=True)
 class _Stage:
     """One stage as its folder tells it; steps and evaluations are lines of metrics.jsonl. won: of a round, how often
-    against the start. answers: of the last rollout, those with the highest rewards and those with the lowest.
+    against the start. answers: of the last rollout, those with the highest rewards and those with the lowest. watched:
+    prompts with the model's answers at the first evaluation and at the last.
     """
 
     name: str
@@ -65,6 +67,7 @@ class _Stage:
     seconds: float
     won: str
     answers: list[dict[str, Any]]
+    watched: list[Sample]
 
     @property
     def held_out(self) -> bool:
@@ -128,7 +131,20 @@ def _read_stage(folder: Path) -> _Stage:
         evaluations=[line for line in lines if "eval_loss" in line],
         seconds=sum(line["seconds"] for line in lines),
         answers=_read_answers(folder / "rollouts"),
+        watched=_read_watched(folder / WATCHED),
     )
+
+
+def _read_watched(path: Path) -> list[Sample]:
+    """The watched prompts with their first answers and their last; none before there are two evaluations."""
+    rows = read_watched(path)
+    steps = [row["step"] for row in rows]
+    if len(set(steps)) < 2:
+        return []
+    before, after = (
+        {row["prompt"]: row["answer"] for row in rows if row["step"] == step} for step in (steps[0], steps[-1])
+    )
+    return [Sample(prompt, before[prompt], answer) for prompt, answer in after.items() if prompt in before]
 
 
 def _read_answers(folder: Path) -> list[dict[str, Any]]:

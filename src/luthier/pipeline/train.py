@@ -41,6 +41,7 @@ from luthier.pipeline.python_rewards import Functions
 from luthier.pipeline.reference import placeholders, referred
 from luthier.pipeline.rollout_files import claim_rollouts
 from luthier.pipeline.stages import STAGES
+from luthier.pipeline.watch import watch_answers
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
@@ -184,6 +185,7 @@ def make_run(
         on_rollouts(run, prepared, model, folder, functions=functions)
     if general.items:
         watch_forgetting(run, general, folder)
+    watch_answers(run, prepared, model, folder)
     return run
 
 
