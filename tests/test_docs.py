@@ -67,6 +67,8 @@ def place(tmp_path: Path, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     sums = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(12)]
     for name, made in (("pairs", pairs), ("verdicts", verdicts), ("prompts", prompts), ("sums", sums)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    quiz = [{"question": row["question"], "choices": ["A word.", row["answer"]], "answer": "B"} for row in rows]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
     (tmp_path / "judge.py").write_text("def shorter(prompt, answer, row):\n    return -len(answer)\n")
     (tmp_path / "faq.csv").write_text("Frage;Antwort\nWas ist 1?;Eine Zahl.\nWas ist 2?;Auch eine.\n")
     (tmp_path / "notes").mkdir()
