@@ -53,9 +53,9 @@ def watched(folder: str) -> list[dict[str, Any]]:
 def test_answers_are_the_models_own_and_kept_with_each_evaluation(
     speaker: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run("sft", speaker, "same.jsonl", "run")
+    run("sft", speaker, "same.jsonl", "run", max_steps=4)
     rows = watched("run")
-    assert [row["step"] for row in rows] == [step for step in (0, 2, 4, 6, 8, 10) for _ in WATCH["prompts"]]
+    assert [row["step"] for row in rows] == [step for step in (0, 2, 4) for _ in WATCH["prompts"]]
     model = luthier.load(str(speaker), dtype="fp32")
     prompt = "<|im_start|>user\nWhat is 1?<|im_end|>\n<|im_start|>assistant\n"
     ids = model.tokenizer(prompt, return_tensors="pt").input_ids
@@ -69,28 +69,23 @@ def test_answers_are_the_models_own_and_kept_with_each_evaluation(
 
 @pytest.mark.usefixtures("place")
 def test_to_be_watched_changes_no_number(speaker: Path) -> None:
-    run("sft", speaker, "same.jsonl", "watched", adapter={"r": 4, "dropout": 0.2})
-    run("sft", speaker, "same.jsonl", "alone", adapter={"r": 4, "dropout": 0.2}, watch=None)
+    given = {"adapter": {"r": 4, "dropout": 0.2}, "max_steps": 5}
+    run("sft", speaker, "same.jsonl", "watched", **given)
+    run("sft", speaker, "same.jsonl", "alone", **given, watch=None)
     ours, theirs = (load_file(f"{name}/adapter/adapter_model.safetensors") for name in ("watched", "alone"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert not Path("alone/watched.jsonl").exists()
 
 
 @pytest.mark.usefixtures("place")
-def test_a_run_that_learns_loops_is_told_once_with_its_mend(speaker: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run("sft", speaker, "loops.jsonl", "run", learning_rate=1e-2, epochs=6, eval_every=10)
-    last = watched("run")[-3:]
-    assert all(row["repeated"] > 0.5 for row in last)
-    assert caplog.text.count("most of the 3 watched answers go round in loops") == 1
-    assert "lower learning_rate or epochs" in caplog.text
-
-
-@pytest.mark.usefixtures("place")
-def test_a_run_that_goes_on_keeps_the_same_answers_and_says_nothing_twice(
+def test_a_run_that_learns_loops_is_told_once_with_its_mend_also_where_it_goes_on(
     speaker: Path, stop_at: Callable[[int], Callback], caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {"learning_rate": 1e-2, "epochs": 6, "eval_every": 5}
     run("sft", speaker, "loops.jsonl", "whole", **given)
+    assert all(row["repeated"] > 0.5 for row in watched("whole")[-3:])
+    assert "3 watched answers go round in loops" in caplog.text
+    assert "lower learning_rate or epochs" in caplog.text
     assert caplog.text.count("go round in loops") == 1
     said = next(record.getMessage() for record in caplog.records if "go round in loops" in record.getMessage())
     caplog.clear()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.data.batches import cut
 from luthier.data.sequences import TokenSequence
 from luthier.errors import TrainingError
 from luthier.training.callbacks import Callback, MetricsFile, read_metrics
@@ -193,7 +192,7 @@ def test_the_best_checkpoint_stays_the_best_where_the_run_goes_back(
     """A loss that falls at each evaluation: going back to step 5 makes that of step 4 the best again, and at the end
     the last is.
     """
-    held_out = {"eval_batches": cut(rows_of(8), None), "eval_fraction": 0.1, "eval_every": 2}
+    held_out = {"eval_items": rows_of(8), "eval_fraction": 0.1, "eval_every": 2}
     run = saving(run_of, tmp_path, **held_out)
     broken(run, [5, 6, 7])
     fit(run)

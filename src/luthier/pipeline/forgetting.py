@@ -173,7 +173,9 @@ class _Watch:
     def _first(self) -> dict[str, Any]:
         try:
             first: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            if len(first["rightly"]) == len(self.general.questions) and ("perplexity" in first or not self.general.text):
+            if len(first["rightly"]) == len(self.general.questions) and (
+                "perplexity" in first or not self.general.text
+            ):
                 return first
             raise ValueError("it is of another guard")
         except (OSError, ValueError, KeyError, TypeError) as error:

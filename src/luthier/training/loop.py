@@ -20,7 +20,7 @@ from luthier.data.batches import Plan, TokenBatch, cut
 from luthier.data.sequences import Item
 from luthier.errors import TrainingError
 from luthier.models.score import evaluating
-from luthier.objectives.loss import DIFFERENCES, Loss
+from luthier.objectives.loss import Loss
 from luthier.recipe.precision import DynamicScaling
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, Metrics
@@ -34,6 +34,7 @@ from luthier.training.room import Room
 from luthier.training.schedules import learning_rate_at
 from luthier.training.spikes import remembered, spike_bound
 from luthier.training.state import TrainState
+from luthier.training.totals import add_up, read
 
 __all__ = ["Guard", "Measure", "Objective", "Preparation", "Run", "evaluate_loss", "fit", "step_gradients"]
 
@@ -167,7 +168,7 @@ def train_step(run: Run) -> Metrics:
     unscale(run.state.trained().values(), scale)
     measured |= _optimize(run, rate)
     measured |= end_step(run.state.network)
-    numbers = _read(measured)
+    numbers = read(measured)
     _count_or_skip(run, numbers["grad_norm"], step, left_out=bool(numbers["skipped"]))
     if run.settings.max_grad_spike is None:
         del numbers["skipped"]  # a gradient that is not finite says so itself
@@ -208,7 +209,7 @@ def step_gradients(network: nn.Module, micro_batches: Sequence[TokenBatch], obje
     """Adds the gradient of a step's mean loss to the parameters; returns the loss and the metrics, as means over
     units.
     """
-    return _read(_add_gradients(network, micro_batches, objective, scale=1.0))
+    return read(_add_gradients(network, micro_batches, objective, scale=1.0))
 
 
 def _add_gradients(
@@ -223,13 +224,8 @@ def _add_gradients(
         num_units = sum(other.count(loss.unit) for other in micro_batches)
         mean = loss.per_unit.sum() / num_units
         backward(mean, scale)
-        _add_up(totals, {"loss": mean.detach(), **loss.kept})
+        add_up(totals, {"loss": mean.detach(), **loss.kept})
     return totals
-
-
-def _add_up(totals: dict[str, Tensor], further: dict[str, Tensor]) -> None:
-    for name, value in further.items():
-        totals[name] = totals[name] + value if name in totals else value
 
 
 def _add_penalty(adapters: Sequence[Adapter], scale: float) -> dict[str, Tensor]:
@@ -239,19 +235,6 @@ def _add_penalty(adapters: Sequence[Adapter], scale: float) -> dict[str, Tensor]
         return {}
     backward(added, scale)
     return {"penalty": added.detach()}
-
-
-def _read(measured: dict[str, Tensor]) -> dict[str, float]:
-    """Numbers as they are, and sums with their number as means; what nothing was measured of is left out."""
-    read: dict[str, float] = {}
-    for name, value in measured.items():
-        total, number = value.tolist() if value.ndim else (float(value), 1.0)
-        if number:
-            read[name] = total / number
-    for name, (one, other) in DIFFERENCES.items():
-        if {one, other} <= read.keys():
-            read.setdefault(name, read[one] - read[other])
-    return read
 
 
 def _optimize(run: Run, rate: float) -> dict[str, Tensor]:
@@ -320,10 +303,10 @@ def _evaluated(network: nn.Module, batches: Sequence[TokenBatch], objective: Obj
     num_units = sum(len(loss.per_unit) for loss in losses)
     totals: dict[str, Tensor] = {}
     for loss in losses:
-        _add_up(totals, loss.kept)
+        add_up(totals, loss.kept)
     mean = float(sum(loss.per_unit.double().sum() for loss in losses)) / num_units
     perplexity = {"perplexity": math.exp(min(mean, 700.0))} if losses[0].unit == "tokens" else {}
-    return {"loss": mean, **perplexity, **_read(totals)}
+    return {"loss": mean, **perplexity, **read(totals)}
 
 
 def _evaluate_and_save(run: Run) -> None:
