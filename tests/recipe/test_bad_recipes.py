@@ -102,7 +102,7 @@ BAD = {  # the recipe, and the one complaint about it
     "empty_data": ("stages:\n  - sft: {data: ''}", '2: stages[0].sft.data: expected text that is not empty, got ""'),
     "steps": (
         SFT + "      gradient_checkpointing: -1",
-        "4: stages[0].sft.gradient_checkpointing: expected at least 0, got -1",
+        '4: stages[0].sft.gradient_checkpointing: expected at least 0 or "selective", got -1',
     ),
     "no_stages": ("seed: 1", "1: stages: is required; add it"),
     "empty_stages": ("seed: 1\nstages: []", "2: stages: expected at least one entry, got an empty list"),
