@@ -28,7 +28,7 @@ from luthier.cli.run import run_on_screen
 
 IMPORTED = (LlamaForCausalLM, PreTrainedTokenizerFast, run_on_screen)  # here already when a run is forked
 MEASURED = {  # differ by nature
-    *("seconds", "milliseconds_per_step", "tokens_per_second", "memory_bytes"),
+    *("seconds", "milliseconds_per_step", "tokens_per_second", "memory_bytes", "energy_joules"),
     *("rollout/seconds", "rollout/tokens_per_second"),
 }
 OF_ITS_DAY = {"report.html", "plan.json"}  # tell times, and the memory that was there

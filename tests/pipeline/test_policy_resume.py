@@ -15,7 +15,14 @@ from luthier.recipe.document import Recipe, dump_recipe
 from luthier.training.callbacks import Metrics
 
 DRIVER = Path(__file__).with_name("killed_policy.py")
-TIMES = {"seconds", "tokens_per_second", "memory_bytes", "rollout/seconds", "rollout/tokens_per_second"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "memory_bytes",
+    "energy_joules",
+    "rollout/seconds",
+    "rollout/tokens_per_second",
+}
 
 REWARD = """
 def score(prompt, answer, row):

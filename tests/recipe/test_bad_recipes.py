@@ -62,8 +62,8 @@ BAD = {  # the recipe, and the one complaint about it
         '4: stages[0].sft.eval_every: expected a whole number or "epoch", got "epochs"; did you mean "epoch"?',
     ),
     "list_entry": (
-        SFT + "      report_to: [wandb]",
-        '4: stages[0].sft.report_to[0]: expected "tensorboard", got "wandb"',
+        SFT + "      report_to: [wand]",
+        '4: stages[0].sft.report_to[0]: expected one of "mlflow", "tensorboard", "trackio", "wandb", got "wand"; did you mean "wandb"?',
     ),
     "later_list_entry": (
         SFT + "      freeze:\n        - a\n        - 7",

@@ -30,6 +30,7 @@ from luthier.recipe.document import Recipe, Stage, dump_recipe
 from luthier.recipe.preference import RewardModel
 from luthier.recipe.rounds import IterativeDPO
 from luthier.training.callbacks import Callback
+from luthier.training.trackers import tracking
 
 __all__ = ["Listeners", "run_recipe", "run_stage"]
 
@@ -46,6 +47,8 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
     recipe's run.
     """
     output = Path(recipe.output)
+    for stage in recipe.stages:
+        tracking(stage.settings, output)  # refuses one that is not installed, before the first stage and not the last
     _claim(output, recipe)
     summaries: list[Summary] = []
     source = recipe.model
@@ -123,9 +126,16 @@ def _run_rounds(
         steps=sum(one.steps for one in summaries),
         seconds=sum(one.seconds for one in summaries),
         tokens=sum(one.tokens for one in summaries),
+        energy_joules=_sum_of_all([one.energy_joules for one in summaries]),
     )
     write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary
+
+
+def _sum_of_all(values: Sequence[float | None]) -> float | None:
+    """None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _refuse_changed(folder: Path, trained_on: Mapping[str, str], data: Mapping[str, str]) -> None:

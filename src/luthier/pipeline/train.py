@@ -8,7 +8,6 @@ minute.
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,13 +42,16 @@ from luthier.pipeline.rollout_files import claim_rollouts
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
-from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
+from luthier.training.callbacks import Callback, Metrics, MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
+from luthier.training.deterministic import deterministic
 from luthier.training.diagnosis import Diagnosis
+from luthier.training.energy import EnergyMeter, gpu_counters, rapl_counters
 from luthier.training.float8 import ScalesFile
 from luthier.training.loop import Objective, Run, fit, step_gradients
 from luthier.training.memory import keep_freed_memory, release_freed_memory, within_free_memory
 from luthier.training.offload import activations_on_host, host_copy
+from luthier.training.trackers import tracking
 
 __all__ = ["Summary", "make_run", "train"]
 
@@ -61,6 +63,8 @@ class Summary:
     """What a stage did. losses: the mean a unit of its objective; first_eval_loss: of the model before its first step.
 
     folder: the stage's own, with metrics, checkpoints and adapter.  counts: where the rows went, as `Counts` names it.
+    seconds, energy_joules: of all its steps and evaluations, also before an interruption; the latter where the machine
+    tells it.
     """
 
     folder: str
@@ -75,6 +79,7 @@ class Summary:
     trained_parameters: int
     fingerprint: str
     counts: dict[str, int]
+    energy_joules: float | None = None
 
 
 def train(
@@ -116,9 +121,8 @@ def train(
         run.objective = objective or run.objective
         if settings.offload_activations:
             run.objective = _kept_on_host(run.objective)
-        with within_free_memory(model.device):
+        with deterministic(settings.deterministic), within_free_memory(model.device):
             _resume_or_rehearse(run, prepared)
-            started = time.perf_counter()
             fit(run)
         run.state.precision.close()
     finally:
@@ -127,7 +131,7 @@ def train(
     release_freed_memory()
     if settings.adapter is not None:
         store_adapter(model, folder / "adapter")
-    return prepared, _summary(run, prepared, folder, time.perf_counter() - started)
+    return prepared, _summary(run, prepared, folder)
 
 
 def _kept_on_host(objective: Objective) -> Objective:
@@ -154,11 +158,9 @@ def make_run(
 ) -> Run:
     """The Run of a prepared stage: plan, optimizer, checkpoints and who listens."""
     metrics, falls = folder / "metrics.jsonl", not isinstance(prepared, PreparedPrompts)
-    listeners: list[Callback] = [MetricsFile(metrics), Diagnosis(metrics, falls=falls), *callbacks]
+    heard: list[Callback] = [MetricsFile(metrics), Diagnosis(metrics, falls=falls), *tracking(settings, folder)]
     if settings.fp8 is not None:
-        listeners.append(ScalesFile(folder / "fp8.jsonl", model.network))
-    if "tensorboard" in settings.report_to:
-        listeners.append(TensorBoard(folder / "tensorboard"))
+        heard.append(ScalesFile(folder / "fp8.jsonl", model.network))
     method = STAGES[word].method(settings)
     general = general_text(settings, model.tokenizer)
     fingerprint = _fingerprint(settings, model, prepared, general)
@@ -174,8 +176,9 @@ def make_run(
         micro_batch_tokens=micro_batch_tokens,
         checkpoints=checkpoints,
         eval_items=prepared.evaluation,
-        callbacks=listeners,
+        callbacks=[*heard, *callbacks],
         adapters=adapters,
+        energy=EnergyMeter([*rapl_counters(), *gpu_counters(model.device)]),
     )
     if isinstance(prepared, PreparedPrompts):
         on_rollouts(run, prepared, model, folder, functions=functions)
@@ -267,7 +270,12 @@ def _final_eval_loss(run: Run, evaluations: Sequence[float]) -> float | None:
     return run.state.progress.best_loss if run.state.progress.stopped_by else evaluations[-1]
 
 
-def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summary:
+def _total(lines: Sequence[Metrics], name: str) -> float | None:
+    """Over all lines; None where one of them does not tell, for the sum would be of a part."""
+    return sum(line[name] for line in lines) if all(name in line for line in lines) else None
+
+
+def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
@@ -276,7 +284,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summ
     summary = Summary(
         folder=str(folder),
         steps=run.state.progress.step,
-        seconds=seconds,
+        seconds=_total(lines, "seconds") or 0.0,
         milliseconds_per_step=1000 * sum(times) / max(1, len(times)),
         tokens=run.state.progress.tokens,
         final_loss=losses[-1],
@@ -286,6 +294,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summ
         trained_parameters=sum(p.numel() for p in run.state.trained().values()),
         fingerprint=run.checkpoints.fingerprint,
         counts=asdict(prepared.counts),
+        energy_joules=_total(lines, "energy_joules"),
     )
     write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary

@@ -23,7 +23,7 @@ Format = Literal["alpaca", "messages", "prompt_completion", "question_answer", "
 Interval = Count | Literal["epoch"] | None
 OnError = Literal["skip", "stop"]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
-Tracker = Literal["tensorboard"]
+Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
 _Beta = Annotated[float, Ge(0), Lt(1)]
 _Positive = Annotated[float, Gt(0)]
 _ShareOfTokens = Annotated[float, Gt(0), Lt(1)]
@@ -189,7 +189,10 @@ class Training(Settings):
     """The share by which it may rise before the training ends and goes back to the best checkpoint."""
 
     report_to: tuple[Tracker, ...] = ()
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb (offline), mlflow, trackio; each is an extra."""
+
+    deterministic: bool = False
+    """Only operations that give the same bits each time, slower ones on a GPU; what has no such form is refused."""
 
     on_error: OnError = "stop"
     """What a row that does not fit does: stops the run, or is skipped, counted and put into quarantine.jsonl."""

@@ -1,4 +1,4 @@
-"""Who listens to a run: the metrics file, TensorBoard, a screen. The loop calls; nobody here changes the training."""
+"""Who listens to a run: the metrics file, trackers, a screen. The loop calls; nobody here changes the training."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from luthier.files import write_whole
 
-__all__ = ["Callback", "Metrics", "MetricsFile", "TensorBoard", "read_metrics"]
+__all__ = ["Callback", "Metrics", "MetricsFile", "read_metrics"]
 
 Metrics = dict[str, Any]
 
@@ -59,23 +59,3 @@ def read_metrics(path: Path) -> list[Metrics]:
 def _line(metrics: Metrics) -> str:
     lost = {name: None for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(metrics | lost, allow_nan=False) + "\n"
-
-
-class TensorBoard:
-    """Scalars for TensorBoard, in `folder`; needs the extra `track`."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an extra that a plain install does not have
-
-        self.folder, self.make = folder, SummaryWriter
-
-    def on_start(self, step: int, num_steps: int) -> None:
-        self.writer = self.make(str(self.folder), purge_step=step + 1)
-
-    def on_metrics(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and name != "step":
-                self.writer.add_scalar(name, value, metrics["step"])
-
-    def on_end(self) -> None:
-        self.writer.close()

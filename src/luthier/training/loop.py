@@ -25,6 +25,7 @@ from luthier.recipe.precision import DynamicScaling
 from luthier.recipe.training import Training
 from luthier.training.callbacks import Callback, Metrics
 from luthier.training.checkpoints import Checkpoints
+from luthier.training.energy import EnergyMeter
 from luthier.training.float8 import begin_step, end_step
 from luthier.training.loss_scaling import backward, can_fall, next_scale, unscale
 from luthier.training.memory import memory_bytes
@@ -55,6 +56,7 @@ class Run:
     prepare: gives a step's micro-batches, or those of an evaluation, what the objective wants of all of them. measure:
     what an evaluation tells besides the objective's metrics. evaluation: what stands for an evaluation on batches,
     "loss" among it, the lower the better. guard: of what an evaluation or a step told, why the training has to end.
+    energy: measured from one line of metrics to the next.
     """
 
     state: TrainState
@@ -70,6 +72,7 @@ class Run:
     measure: Measure | None = None
     evaluation: Callable[[], dict[str, float]] | None = None
     guard: Guard | None = None
+    energy: EnergyMeter | None = None
 
     @property
     def evaluates(self) -> bool:
@@ -99,6 +102,8 @@ def fit(run: Run) -> Metrics:
     metrics: Metrics = {}
     for callback in run.callbacks:
         callback.on_start(progress.step, num_steps)
+    if run.energy:
+        run.energy.spent()  # what went before is no step's
     try:
         if run.evaluates and progress.step == 0:
             best = _evaluate(run)
@@ -347,8 +352,9 @@ def _due(run: Run, interval: int | str | None) -> bool:
 
 
 def _tell(run: Run, metrics: Metrics) -> None:
+    told = metrics | (run.energy.spent() if run.energy else {})
     for callback in run.callbacks:
-        callback.on_metrics(metrics)
+        callback.on_metrics(told)
 
 
 def _mixed(seed: int, step: int) -> int:
