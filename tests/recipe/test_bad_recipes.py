@@ -63,7 +63,8 @@ BAD = {  # the recipe, and the one complaint about it
     ),
     "list_entry": (
         SFT + "      report_to: [wand]",
-        '4: stages[0].sft.report_to[0]: expected one of "mlflow", "tensorboard", "trackio", "wandb", got "wand"; did you mean "wandb"?',
+        '4: stages[0].sft.report_to[0]: expected one of "mlflow", "tensorboard", "trackio", "wandb", got "wand"; '
+        'did you mean "wandb"?',
     ),
     "later_list_entry": (
         SFT + "      freeze:\n        - a\n        - 7",

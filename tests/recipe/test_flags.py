@@ -121,7 +121,8 @@ def test_flags_that_are_not_given_keep_the_defaults() -> None:
         ({"--columns": ["prompt"]}, '--columns: expected name=value, got "prompt"'),
         (
             {"--report-to": ["wandb", "wand"]},
-            '--report-to: [1]: expected one of "mlflow", "tensorboard", "trackio", "wandb", got "wand"; did you mean "wandb"?',
+            '--report-to: [1]: expected one of "mlflow", "tensorboard", "trackio", "wandb", got "wand"; '
+            'did you mean "wandb"?',
         ),
         ({"--decay-ratio": "0.1"}, "--decay-ratio: the cosine schedule has none; drop it or choose schedule: wsd"),
     ],
