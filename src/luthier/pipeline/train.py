@@ -42,7 +42,7 @@ from luthier.pipeline.rollout_files import claim_rollouts
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
-from luthier.training.callbacks import Callback, Metrics, MetricsFile, read_metrics
+from luthier.training.callbacks import Callback, MetricsFile, read_metrics, total_of
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.deterministic import deterministic
 from luthier.training.diagnosis import Diagnosis
@@ -270,11 +270,6 @@ def _final_eval_loss(run: Run, evaluations: Sequence[float]) -> float | None:
     return run.state.progress.best_loss if run.state.progress.stopped_by else evaluations[-1]
 
 
-def _total(lines: Sequence[Metrics], name: str) -> float | None:
-    """Over all lines; None where one of them does not tell, for the sum would be of a part."""
-    return sum(line[name] for line in lines) if all(name in line for line in lines) else None
-
-
 def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -284,7 +279,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
     summary = Summary(
         folder=str(folder),
         steps=run.state.progress.step,
-        seconds=_total(lines, "seconds") or 0.0,
+        seconds=total_of(lines, "seconds") or 0.0,
         milliseconds_per_step=1000 * sum(times) / max(1, len(times)),
         tokens=run.state.progress.tokens,
         final_loss=losses[-1],
@@ -294,7 +289,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
         trained_parameters=sum(p.numel() for p in run.state.trained().values()),
         fingerprint=run.checkpoints.fingerprint,
         counts=asdict(prepared.counts),
-        energy_joules=_total(lines, "energy_joules"),
+        energy_joules=total_of(lines, "energy_joules"),
     )
     write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary

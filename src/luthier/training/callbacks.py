@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from luthier.files import write_whole
 
-__all__ = ["Callback", "Metrics", "MetricsFile", "read_metrics"]
+__all__ = ["Callback", "Metrics", "MetricsFile", "read_metrics", "total_of"]
 
 Metrics = dict[str, Any]
 
@@ -54,6 +55,11 @@ def read_metrics(path: Path) -> list[Metrics]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines[:-1] if line]
+
+
+def total_of(lines: Sequence[Metrics], name: str) -> float | None:
+    """The sum over all lines; None where one of them does not tell it, for the sum would be of a part."""
+    return math.fsum(line[name] for line in lines) if all(name in line for line in lines) else None
 
 
 def _line(metrics: Metrics) -> str:
