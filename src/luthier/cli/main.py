@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, on
     "plan": ("plan", "Say how much memory a stage will take, and what to change where it does not fit."),
     "doctor": ("doctor", "Look for what would spoil a run: on this machine, in a recipe, in data."),
     "verify": ("verify", "Show that a promise holds on your recipe: loss, resume, template."),
-    "report": ("report", "Write a run's report.html, also while the run is going."),
+    "report": ("report", "Write a run's report.html, also while the run is going; compare several runs."),
     "models": ("models", "List the models that have a short name."),
 }
 
