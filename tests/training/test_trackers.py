@@ -11,6 +11,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -102,7 +103,7 @@ def read_wandb(folder: Path, home: Path) -> tuple[Points, str]:
     points: Points = {}
     ends, names, settings = [], set(), ""
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
-        for record in wandb_records(path.read_bytes()):
+        for record in whole_wandb_records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 names.add((record.run.run_id, record.run.display_name, record.run.project))
@@ -119,6 +120,16 @@ def read_wandb(folder: Path, home: Path) -> tuple[Points, str]:
     assert ends == [1, 0]
     assert [(name, project) for _, name, project in names] == [("run/00-sft", "luthier")]
     return points, settings
+
+
+def whole_wandb_records(path: Path) -> list[Any]:
+    """Up to the run's end, which W&B's own process writes a moment after it was told."""
+    deadline = time.monotonic() + 20
+    while True:
+        records = list(wandb_records(path.read_bytes()))
+        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.05)
 
 
 def wandb_records(data: bytes) -> Iterator[Any]:
