@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from luthier.cli.signals import heard
 from luthier.errors import CheckpointError
 from luthier.pipeline.run import run_recipe
 from luthier.recipe.document import Recipe, dump_recipe
 from luthier.training.callbacks import Metrics
+from luthier.training.stopping import Stop
 
 DRIVER = Path(__file__).with_name("killed_policy.py")
 TIMES = {
@@ -96,6 +98,35 @@ def left(output: str) -> dict[str, object]:
         elif path.suffix == ".safetensors":
             found[name] = path.read_bytes()
     return found
+
+
+ASKING = """
+import os, pathlib, signal
+
+def score(prompt, answer, row):
+    stage = pathlib.Path({run!r}) / "stopped" / "00-grpo"
+    if len(list(stage.glob("rollouts/*/rollout.json"))) == 2 and not (stage / "asked").exists():
+        (stage / "asked").touch()
+        os.kill({process}, signal.SIGTERM)
+    return min(len(answer), 6) * (row["number"] % 3 + 1)
+"""
+
+
+def test_a_rollout_ends_at_once_where_the_run_is_asked_to_end(place: Path, speaker: Path) -> None:
+    """By SIGTERM, while rewards are waited for. What was sampled is kept, and so is the step before, which no setting
+    saves; and it goes on to the same end.
+    """
+    (place / "rewards.py").write_text(ASKING.format(run=str(place), process=os.getpid()))
+    less = {"save_every": 4, "eval_every": 4}
+    run_recipe(recipe_of("grpo", speaker, "whole", **less))
+    stop, recipe, stage = Stop(), recipe_of("grpo", speaker, "stopped", **less), place / "stopped" / "00-grpo"
+    with pytest.raises(KeyboardInterrupt), heard(stop) as signals:
+        run_recipe(recipe, listeners=lambda index, stage: [stop])
+    assert signals.exit_code == 143
+    assert (stage / "checkpoints" / "last").readlink() == Path("step-00000002")
+    assert list((stage / "rollouts" / "000002").glob("samples-0.jsonl"))
+    run_recipe(recipe)
+    assert left("stopped") == left("whole")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from luthier.errors import AdapterError
+from luthier.files import ELSEWHERE, not_written, replacing, write_whole
 
 __all__ = ["CONFIG", "OWN_FIELD", "WEIGHTS", "opened", "read_config", "write_adapter"]
 
@@ -24,10 +25,12 @@ def write_adapter(
     """Writes the two files of an adapter. Raises AdapterError where that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / WEIGHTS).write_bytes(_sorted_header(serialize(dict(tensors), {"format": "pt", **metadata})))
-        (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+        with replacing(folder / WEIGHTS) as beside:
+            beside.write_bytes(_sorted_header(serialize(dict(tensors), {"format": "pt", **metadata})))
+        write_whole(folder / CONFIG, json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: cannot be written ({error}); make room or choose another place") from error
+        wanted = sum(tensor.nbytes for tensor in tensors.values())
+        raise AdapterError(not_written(folder, error, wanted=wanted, mend=ELSEWHERE)) from error
 
 
 def _sorted_header(data: bytes) -> bytes:

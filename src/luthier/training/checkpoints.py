@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier.errors import CheckpointError
-from luthier.files import flush, replacing, written_whole
+from luthier.files import flush, not_written, replacing, written_whole
 from luthier.training.state import Progress, TrainState
 
 __all__ = ["Checkpoints", "load_trained"]
@@ -27,6 +27,7 @@ __all__ = ["Checkpoints", "load_trained"]
 logger = logging.getLogger(__name__)
 
 _TENSORS, _STATE = "state.safetensors", "progress.json"
+_MEND = ", or lower keep_last, and run again, which goes on from the checkpoint before"
 
 
 class Checkpoints:
@@ -43,22 +44,34 @@ class Checkpoints:
 
         Raises CheckpointError where there is no room for it; those before it stay as they are.
         """
-        final = self.folder / f"step-{state.progress.step:08d}"
+        return self._saved(state, {"best": best, "between": False})
+
+    def save_between(self, state: TrainState) -> Path:
+        """As `save`, at a step that has none by the settings, unless it has one: for a run that is stopped there. It
+        does not count among the newest, and goes with the next one.
+        """
+        final = self._place(state)
+        return final if final.exists() else self._saved(state, {"best": False, "between": True})
+
+    def _place(self, state: TrainState) -> Path:
+        return self.folder / f"step-{state.progress.step:08d}"
+
+    def _saved(self, state: TrainState, kind: dict[str, bool]) -> Path:
+        final = self._place(state)
+        tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors().items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(state, final, best=best)
+            self._write(tensors, {"progress": state.progress.as_dict(), **kind}, final)
             self._link(final)
             flush(self.folder)
             self._prune(final)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{final}: cannot be written ({error}); make room and run again, which goes on from the one before"
-            ) from error
+            wanted = sum(tensor.nbytes for tensor in tensors.values())
+            raise CheckpointError(not_written(final, error, wanted=wanted, mend=_MEND)) from error
         return final
 
-    def _write(self, state: TrainState, final: Path, *, best: bool) -> None:
-        tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors().items()}
-        described = {"progress": state.progress.as_dict(), "fingerprint": self.fingerprint, "best": best}
+    def _write(self, tensors: dict[str, Tensor], described: dict[str, Any], final: Path) -> None:
+        described = {**described, "fingerprint": self.fingerprint}
         with written_whole(final) as beside:
             save_file(tensors, beside / _TENSORS)
             described["sha256"] = _sha256(beside / _TENSORS, described)
@@ -120,15 +133,19 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         """Checkpoints after the newest were damaged: the run went back behind them and is making them again."""
-        present = sorted(self.folder.glob("step-*"))
-        kept = {*[path for path in present if path <= newest][-self.keep_last :], self.best()}
-        for path in present:
+        regular = [path for path in self._regular() if path <= newest]
+        kept = {*regular[-self.keep_last :], self.best(), newest}
+        for path in self.folder.glob("step-*"):
             if path not in kept:
                 shutil.rmtree(path)
 
+    def _regular(self) -> list[Path]:
+        """Those that a run which is never stopped has as well, in order."""
+        return [path for path in sorted(self.folder.glob("step-*")) if not _described(path).get("between")]
+
     def oldest_step(self) -> int:
-        """The step of the oldest checkpoint that is kept, 0 where there is none."""
-        return min((int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*")), default=0)
+        """The step of the oldest checkpoint that is kept by the settings, 0 where there is none."""
+        return min((int(path.name.removeprefix("step-")) for path in self._regular()), default=0)
 
     def clear(self) -> None:
         """Forgets every checkpoint, for a run that starts from the beginning."""

@@ -8,7 +8,8 @@ No number is read from the device before the optimizer's step is on its way.
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ from luthier.training.optimizers import step_if_finite
 from luthier.training.room import Room
 from luthier.training.schedules import learning_rate_at
 from luthier.training.state import TrainState
+from luthier.training.stopping import Stop, Stopped
 
 __all__ = ["Guard", "Measure", "Objective", "Preparation", "Run", "evaluate_loss", "fit", "step_gradients"]
 
@@ -75,6 +77,11 @@ class Run:
     energy: EnergyMeter | None = None
 
     @property
+    def stop(self) -> Stop:
+        """The callback through which the run can be asked to end; where there is none, one that nobody asks."""
+        return next((callback for callback in self.callbacks if isinstance(callback, Stop)), Stop())
+
+    @property
     def evaluates(self) -> bool:
         """Whether there is anything to evaluate on."""
         return bool(self.eval_items) or self.evaluation is not None
@@ -96,30 +103,52 @@ class Run:
 def fit(run: Run) -> Metrics:
     """Trains from where the state is to the end of the plan. Returns the metrics of the last step.
 
-    Raises TrainingError when the gradient is not finite for several steps in a row.
+    Raises TrainingError when the gradient is not finite for several steps in a row, Stopped where `run.stop` was asked.
     """
-    progress, num_steps = run.state.progress, run.plan.num_steps
-    metrics: Metrics = {}
     for callback in run.callbacks:
-        callback.on_start(progress.step, num_steps)
+        callback.on_start(run.state.progress.step, run.plan.num_steps)
     if run.energy:
         run.energy.spent()  # what went before is no step's
     try:
-        if run.evaluates and progress.step == 0:
-            best = _evaluate(run)
-            if run.guard and run.checkpoints:  # there must be something to go back to
-                run.checkpoints.save(run.state, best=best)
-        while progress.step < num_steps and not progress.early_stopped:
-            metrics = train_step(run)
-            _tell(run, metrics)
-            _ask_guard(run, metrics)
-            _evaluate_and_save(run, last=progress.step == num_steps)
-        if progress.stopped_by:
-            _go_back(run)
+        with run.stop.held():
+            return _all_steps(run)
     finally:
         for callback in run.callbacks:
             callback.on_end()
+
+
+def _all_steps(run: Run) -> Metrics:
+    progress, num_steps = run.state.progress, run.plan.num_steps
+    metrics: Metrics = {}
+    if run.evaluates and progress.step == 0:
+        best = _evaluate(run)
+        if run.guard and run.checkpoints:  # there must be something to go back to
+            run.checkpoints.save(run.state, best=best)
+    if progress.unevaluated:
+        _evaluate_and_save(run, last=progress.step == num_steps)
+    while progress.step < num_steps and not progress.early_stopped:
+        metrics = train_step(run)
+        _tell(run, metrics)
+        _ask_guard(run, metrics)
+        _evaluate_and_save(run, last=progress.step == num_steps)
+    if progress.stopped_by:
+        _go_back(run)
     return metrics
+
+
+@contextmanager
+def _weights_rest(run: Run) -> Iterator[None]:
+    """For the time of the context no weight changes, so the run may end at once, with a checkpoint. Where it is stopped
+    while the weights are in another form for sampling, there is none.
+    """
+    before = run.state.marks()
+    try:
+        with run.stop.interruptible():
+            yield
+    except Stopped:
+        if run.checkpoints and run.state.progress.step and run.state.marks() == before:
+            run.checkpoints.save_between(run.state)
+        raise
 
 
 def train_step(run: Run) -> Metrics:
@@ -162,7 +191,8 @@ def _in_room(run: Run, scale: float) -> tuple[dict[str, Tensor], int]:
         run.state.drop_gradients()
         begin_step(run.state.network)
         torch.manual_seed(_mixed(run.settings.seed, index))  # dropout's draws belong to the step
-        micro_batches = run.cut(index)
+        with _weights_rest(run):
+            micro_batches = run.cut(index)
         measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective, scale)
         return measured, sum(batch.num_tokens for batch in micro_batches)
 
@@ -287,7 +317,8 @@ def _evaluated(network: nn.Module, batches: Sequence[TokenBatch], objective: Obj
 def _evaluate_and_save(run: Run, *, last: bool) -> None:
     progress, settings = run.state.progress, run.settings
     best = False
-    if run.evaluates and (last or progress.stopped_by or _due(run, settings.eval_every)):
+    progress.unevaluated = run.evaluates and bool(last or progress.stopped_by or _due(run, settings.eval_every))
+    if progress.unevaluated:
         best = _evaluate(run)
     if run.checkpoints and (last or best or progress.early_stopped or _due(run, settings.save_every)):
         run.checkpoints.save(run.state, best=best)
@@ -307,9 +338,9 @@ def _evaluate(run: Run) -> bool:
     one that a guard refuses.
     """
     started, progress = time.perf_counter(), run.state.progress
-    with evaluating(run.state.network):
+    with _weights_rest(run), evaluating(run.state.network):
         measured = _evaluated_run(run)
-    loss = measured["loss"]
+    loss, progress.unevaluated = measured["loss"], False
     _ask_guard(run, measured)
     best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss) and not progress.stopped_by
     progress.best_loss = loss if best else progress.best_loss

@@ -24,7 +24,8 @@ __all__ = ["Progress", "TrainState"]
 class Progress:
     """Numbers that go on counting. best_loss: of the evaluations so far. stale_evaluations: since it last fell.
     stopped_by: what a guard said when it ended the training. loss_scale, good_steps: the next step's `LossScale`, once
-    there was a step. micro_batch_tokens: the bound on a micro-batch, once memory has run out.
+    there was a step. micro_batch_tokens: the bound on a micro-batch, once memory has run out. unevaluated: the step's
+    evaluation is still to come.
     """
 
     step: int = 0
@@ -37,6 +38,7 @@ class Progress:
     loss_scale: float | None = None
     good_steps: int = 0
     micro_batch_tokens: int | None = None
+    unevaluated: bool = False
 
     def loss_scale_by(self, settings: LossScaling | None) -> LossScale:
         """By what the next step's loss is multiplied."""
@@ -90,6 +92,10 @@ class TrainState:
         for name, windows in float8_layers(self.network).items():
             kept[f"float8/{name}"] = windows.seen
         return kept
+
+    def marks(self) -> dict[str, tuple[int, int]]:
+        """Where each trained parameter lies, and how often it was written into: of equal marks nothing has changed."""
+        return {name: (parameter.data_ptr(), parameter._version) for name, parameter in self.trained().items()}
 
     def _adapters_own(self) -> dict[str, Tensor]:
         """What adapters keep from step to step besides parameters."""
