@@ -8,6 +8,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,17 +53,24 @@ def in_words(num_bytes: int) -> str:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a disk, a quota or a file's greatest length was the reason; Rust's libraries give its number in words."""
+    """Whether a disk, a quota or a file's greatest length was the reason."""
+    return _number(error) in _FULL
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error, which libraries in Rust say in words."""
     if isinstance(error, OSError):
-        return error.errno in _FULL
-    return any(f"os error {number})" in str(error) for number in _FULL)
+        return error.errno
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else None
 
 
 def not_written(place: Path, error: Exception, *, wanted: int | None = None, mend: str = "") -> str:
     """The sentence of what could not be written: why, and what to do. wanted: its bytes, where they are known. mend:
     how to get by with less room, or what comes afterwards.
     """
-    why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    number = _number(error)
+    why = str(error) if number is None else os.strerror(number)
     if not is_full(error):
         return f"{place}: cannot be written ({why}); see what is there and who may write, or choose another place"
     free = in_words(shutil.disk_usage(existing(place.parent)).free)
