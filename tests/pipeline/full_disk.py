@@ -1,10 +1,10 @@
 """Runs a recipe on disks that are too small for it, then with room, and compares; used by `test_full_disk`.
 
 Arguments: the recipe, whose output is `run`; what is too small; sizes in bytes. `file` lets no file grow beyond the
-size, as a quota may. `disk` is a file system of that size in memory, which takes the right to mount one; it grows before
-the second run. Ends with 1 and says what is wrong where the first run ends otherwise than with one sentence that names
-what cannot be written, or leaves anything half-written, or the second does not end as one with room from the start.
-Prints what each size was too small for.
+size, as a quota may. `disk` is a file system of that size in memory, which takes the right to mount one; it grows
+before the second run. Ends with 1 and says what is wrong where the first run ends otherwise than with one sentence that
+names what cannot be written, or leaves anything half-written, or the second does not end as one with room from the
+start. Prints the sentence for each size that was too small.
 """
 
 import json

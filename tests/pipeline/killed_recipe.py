@@ -2,9 +2,10 @@
 
 Arguments: the recipe, whose output is relative; how it is killed; a number; a seed. `fork` and `spawn` kill it `number`
 times, at moments drawn one from each of equal parts of the run's own time, in random order; a forked run is the same
-command without the seconds that its imports take, and `term` asks a forked one to end. `writes` kills runs just before they open for writing, make, rename
-or remove a file, every `number`th such event of a run from the `seed`th on; a file opened for writing is left empty.
-Ends with 1 and says what differs where a killed run that went on is not, byte for byte, the run that was left alone.
+command without the seconds that its imports take, and `term` asks a forked one to end. `writes` kills runs just before
+they open for writing, make, rename or remove a file, every `number`th such event of a run from the `seed`th on; a file
+opened for writing is left empty. Ends with 1 and says what differs where a killed run that went on is not, byte for
+byte, the run that was left alone.
 """
 
 import json
@@ -29,6 +30,7 @@ from luthier.cli.run import run_on_screen
 IMPORTED = (LlamaForCausalLM, PreTrainedTokenizerFast, run_on_screen)  # here already when a run is forked
 MEASURED = {  # differ by nature
     *("seconds", "milliseconds_per_step", "tokens_per_second", "memory_bytes", "energy_joules"),
+    "sha256",  # of these
     *("rollout/seconds", "rollout/tokens_per_second"),
 }
 OF_ITS_DAY = {"report.html", "plan.json"}  # tell times, and the memory that was there

@@ -94,7 +94,7 @@ def left(output: str) -> dict[str, object]:
             found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
         elif path.name == "rollout.json":
             told = json.loads(path.read_text())
-            found[name] = {**told, "told": {key: value for key, value in told["told"].items() if key not in TIMES}}
+            found[name] = {key: value for key, value in told["told"].items() if key not in TIMES}, told["next_prompt"]
         elif path.suffix == ".safetensors":
             found[name] = path.read_bytes()
     return found

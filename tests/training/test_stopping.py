@@ -101,9 +101,7 @@ def test_an_evaluation_ends_at_once_and_is_made_when_the_run_goes_on(
     assert left(tmp_path / "asked") == left(tmp_path / "whole")
 
 
-def test_no_checkpoint_is_made_of_weights_that_are_in_another_form(
-    run_in: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_no_checkpoint_is_made_of_weights_that_are_in_another_form(run_in: Callable[..., Run], tmp_path: Path) -> None:
     """As they may be while answers are sampled."""
     stop = Stop()
     run = run_in(tmp_path, stop)

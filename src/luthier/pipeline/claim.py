@@ -12,7 +12,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 
 from luthier.errors import RecipeError
-from luthier.files import ELSEWHERE, not_written, write_whole
+from luthier.files import ELSEWHERE, is_full, not_written, write_whole
 from luthier.recipe.document import Stage, parse_recipe
 
 __all__ = [
@@ -55,7 +55,9 @@ def claim(output: Path, text: str) -> None:
                 plan.unlink()
         write_whole(output / _RECIPE, text)
     except OSError as error:
-        raise RecipeError(f"output: {not_written(output, error, mend=ELSEWHERE)}") from error
+        if is_full(error):
+            raise RecipeError(f"output: {not_written(output, error, mend=ELSEWHERE)}") from error
+        raise RecipeError(f"output: {output} cannot be written ({error.strerror}); choose another output") from error
 
 
 def has_trained(output: Path) -> bool:

@@ -6,7 +6,6 @@ checkpoint, as any guard makes it. The first perplexity lies in the stage's fold
 with the same model.
 """
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -21,9 +20,9 @@ from luthier.data.blocks import blocks_of
 from luthier.data.encoding import encode
 from luthier.data.reading import read_examples
 from luthier.data.sequences import TokenSequence, sequences_of
-from luthier.errors import CheckpointError, DataError, RecipeError, TrainingError
-from luthier.files import write_whole
+from luthier.errors import DataError, RecipeError, TrainingError
 from luthier.pipeline.methods import next_tokens
+from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import Training
 from luthier.training.loop import Run, evaluate_loss
@@ -96,7 +95,7 @@ class _Watch:
         if self.run.state.progress.step == 0:
             if not math.isfinite(loss):
                 raise TrainingError(f"forgetting_data: the untrained model's loss on it is {loss}; set dtype: fp32")
-            write_whole(self.path, json.dumps({"perplexity": perplexity}) + "\n")
+            write_sealed(self.path, {"perplexity": perplexity})
         return {"forgetting_perplexity": perplexity, "forgetting": perplexity / self._first() - 1}
 
     def _batches(self) -> list[TokenBatch]:
@@ -106,13 +105,8 @@ class _Watch:
         return evaluate_loss(self.run.state.network, self._batches(), next_tokens)
 
     def _first(self) -> float:
-        try:
-            return float(json.loads(self.path.read_text(encoding="utf-8"))["perplexity"])
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.path}: cannot be read, so nobody knows the perplexity before training; start afresh with "
-                "resume: false, or drop forgetting_data"
-            ) from error
+        mend = "nobody knows the perplexity before training; start afresh with resume: false, or drop forgetting_data"
+        return float(read_sealed(self.path, mend=mend)["perplexity"])
 
     def refused(self, measured: dict[str, float]) -> str | None:
         """Why the run has to end; warns once of a rise that is only on the way there."""

@@ -32,6 +32,7 @@ from luthier.models.quantize import quantized_as
 from luthier.models.score import evaluating, sequence_logprobs
 from luthier.models.sources import resolve
 from luthier.pipeline.live import dtype_of
+from luthier.pipeline.sealed import OTHER, SEAL, seal_of
 
 __all__ = ["placeholders", "referred", "with_reference"]
 
@@ -143,14 +144,21 @@ def _read(path: Path, key: str) -> Tensor | None:
     """What the file holds, None where there is none or it is of other data."""
     if not path.exists():
         return None
+    why = OTHER
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("logprobs") if (file.metadata() or {}).get("key") == key else None
+            said = file.metadata() or {}
+            if said.get("key") != key:
+                return None
+            values: Tensor = file.get_tensor("logprobs")
+        if said.get(SEAL) == seal_of(values.tolist()):
+            return values
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); delete it, and it is computed anew") from error
+        why = str(error)
+    raise CheckpointError(f"{path}: cannot be read ({why}); delete it, and it is computed anew")
 
 
 def _write(path: Path, key: str, values: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        save_file({"logprobs": values}, beside, metadata={"key": key})
+        save_file({"logprobs": values}, beside, metadata={"key": key, SEAL: seal_of(values.tolist())})

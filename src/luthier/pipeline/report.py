@@ -6,11 +6,13 @@ is not there yet is said. All text passes the template's escaping, and the page 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from luthier.errors import CheckpointError
 from luthier.pipeline.report_page import change, duration, energy, gibibytes, number, rendered, write_page
 from luthier.pipeline.report_svg import Chart, Line, chart, smoothed
+from luthier.pipeline.sealed import read_rows
 from luthier.pipeline.stage_record import StageRecord, points_of, recipe_in, stages_of
 from luthier.recipe.document import Recipe
 from luthier.recipe.settings import flat
@@ -67,8 +69,9 @@ def write_report(folder: Path, *, samples: Sequence[Sample] = (), output: Path |
 
 
 def _read_samples(path: Path) -> list[Sample]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [Sample(**json.loads(line)) for line in lines]
+    names = [part.name for part in fields(Sample)]
+    rows = read_rows(path, mend="delete it, or have it written anew", names=names) if path.exists() else []
+    return [Sample(**{name: row[name] for name in names}) for row in rows]
 
 
 def _result(stages: Sequence[StageRecord]) -> str:
@@ -152,6 +155,9 @@ def _recipe_table(recipe: Recipe) -> dict[str, Rows]:
 
 def _manifest_table(path: Path) -> dict[str, Rows]:
     """Sections of the manifest; none before the end of a run, when it is written."""
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    tables = {section: values for section, values in manifest.items() if isinstance(values, Mapping)}  # not the recipe
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        tables = {name: values for name, values in manifest.items() if isinstance(values, Mapping)}  # not the recipe
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); run the recipe again, which writes it anew") from None
     return {section.replace("_", " "): list(flat(values)) for section, values in tables.items()}

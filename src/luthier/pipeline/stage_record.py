@@ -1,6 +1,5 @@
 """What a run's folder tells of its stages, for reports: read from the files alone, so also of a run that is going."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from luthier.errors import CheckpointError
 from luthier.pipeline.rounds import read_rounds
+from luthier.pipeline.sealed import read_rows
 from luthier.recipe.document import Recipe, load_recipe
 from luthier.training.callbacks import Metrics, read_metrics, total_of
 
@@ -98,6 +98,6 @@ def _read_answers(folder: Path) -> list[dict[str, Any]]:
     newest = max(folder.glob("*/answers.jsonl"), default=None)
     if newest is None:
         return []
-    rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").split("\n") if line]
+    rows = read_rows(newest, mend="delete it: people alone read it", names=("reward",))
     scored = sorted((row for row in rows if row["reward"] is not None), key=lambda row: -row["reward"])
     return scored if len(scored) <= 2 * _SHOWN_ANSWERS else [*scored[:_SHOWN_ANSWERS], *scored[-_SHOWN_ANSWERS:]]

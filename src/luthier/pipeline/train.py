@@ -6,7 +6,6 @@ minute.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,6 @@ from luthier.data.batches import StepPlan, TokenBatch
 from luthier.data.prepare import Prepared
 from luthier.data.sequences import Item, TokenGroup, sequences_of
 from luthier.errors import RecipeError
-from luthier.files import write_whole
 from luthier.models.float8 import out_of_float8
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
@@ -30,7 +28,7 @@ from luthier.objectives.loss import Loss
 from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.forgetting import general_text, watch_forgetting
 from luthier.pipeline.live import store_adapter
-from luthier.pipeline.manifest import rewards_of
+from luthier.pipeline.manifest import PLAN, kept_cut, rewards_of
 from luthier.pipeline.on_policy import on_rollouts, remove_others
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.policy import COLUMNS
@@ -39,6 +37,7 @@ from luthier.pipeline.prompts import PreparedPrompts, digest_of_prompts
 from luthier.pipeline.python_rewards import Functions
 from luthier.pipeline.reference import placeholders, referred
 from luthier.pipeline.rollout_files import claim_rollouts
+from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
@@ -53,7 +52,7 @@ from luthier.training.memory import keep_freed_memory, release_freed_memory, wit
 from luthier.training.offload import activations_on_host, host_copy
 from luthier.training.trackers import tracking
 
-__all__ = ["Summary", "make_run", "train"]
+__all__ = ["Summary", "make_run", "read_summary", "train", "write_summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +79,17 @@ class Summary:
     fingerprint: str
     counts: dict[str, int]
     energy_joules: float | None = None
+
+
+def write_summary(folder: Path, summary: Summary) -> None:
+    """Writes what the stage in this folder did."""
+    write_sealed(folder / "summary.json", asdict(summary))
+
+
+def read_summary(folder: Path) -> Summary:
+    """What the stage in this folder did. Raises CheckpointError where the file is damaged."""
+    mend = f"delete it and {folder / 'done.json'} and run again, which makes it anew from the last checkpoint"
+    return Summary(**read_sealed(folder / "summary.json", mend=mend))
 
 
 def train(
@@ -222,15 +232,15 @@ def _micro_batch_tokens(word: str, settings: Training, model: Model, prepared: P
     """What the memory plan allows, written to plan.json. A run that goes on keeps what it began with: other cuts round
     otherwise. Raises RecipeError where the smallest micro-batches do not fit.
     """
-    path = folder / "plan.json"
+    path = folder / PLAN
     if settings.resume and path.exists():
-        return int(json.loads(path.read_text(encoding="utf-8"))["micro_batch_tokens"])
+        return kept_cut(path)
     planner = Planner(word, str(model.source.folder), prepared, Machine.here(model.device, model.network))
     planned = planner.plan(settings)
     if not planned.fits:
         raise RecipeError(planned.sentence(planner.cheapest_change(settings)))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(planned.as_dict(), indent=1) + "\n")
+    write_sealed(path, planned.as_dict())
     return planned.micro_batch_tokens
 
 
@@ -291,5 +301,5 @@ def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
         counts=asdict(prepared.counts),
         energy_joules=total_of(lines, "energy_joules"),
     )
-    write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
+    write_summary(folder, summary)
     return summary

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from luthier.errors import CheckpointError
 from luthier.files import write_whole
 
 __all__ = ["Callback", "Metrics", "MetricsFile", "read_metrics", "total_of"]
@@ -50,11 +51,23 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    """The lines of a metrics file; a last line that a kill cut short is left out. Raises CheckpointError for another
+    that holds no numbers.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines[:-1] if line]
+    lines = path.read_bytes().split(b"\n")
+    return [_numbers(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], start=1) if line]
+
+
+def _numbers(line: bytes, where: str) -> Metrics:
+    try:
+        found = json.loads(line)
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            return {name: math.nan if value is None else value for name, value in found.items()}
+    except ValueError:
+        pass
+    raise CheckpointError(f"{where}: this line is damaged; delete it, and its numbers alone are lost")
 
 
 def total_of(lines: Sequence[Metrics], name: str) -> float | None:
