@@ -23,6 +23,7 @@ __all__ = [
     "flush",
     "in_words",
     "is_full",
+    "naming",
     "not_written",
     "replacing",
     "write_whole",
@@ -85,6 +86,19 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """An error of the system that names no file, as writing into an open one does, names this one; so does one that
+    names its stand-in.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or Path(error.filename).name.startswith(f".{place.name}."):
+            error.filename, error.filename2 = str(place), None
+        raise
+
+
+@contextmanager
 def replacing(path: Path, *, ending: str = "part") -> Iterator[Path]:
     """A free place beside `path` for a file or a link, which takes its place, and that of an older one, at the end.
 
@@ -93,7 +107,7 @@ def replacing(path: Path, *, ending: str = "part") -> Iterator[Path]:
     beside = _beside(path, ending)
     try:
         beside.unlink(missing_ok=True)
-        with _named(path):
+        with naming(path):
             yield beside
             os.replace(beside, path)
     finally:
@@ -112,7 +126,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        with _named(folder):
+        with naming(folder):
             yield beside
         for path in [*beside.rglob("*"), beside]:
             flush(path)
@@ -135,19 +149,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _named(place: Path) -> Iterator[None]:
-    """An error of the system that names no file, as writing into an open one does, names this one; so does one that
-    names its stand-in.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None or Path(error.filename).name.startswith(f".{place.name}."):
-            error.filename, error.filename2 = str(place), None
-        raise
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -95,18 +95,26 @@ def goes_on_or_is_refused(runs: Runs, start: str, name: str, how: str, seed: int
     DAMAGES[how](place / "run" / name, random.Random(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        try:
-            run_recipe(recipe)
-        except LuthierError as error:
-            assert Path(name).name in str(error) or "holds a run of another recipe" in str(error), str(error)
-            assert "\n" not in str(error)
-            return "refused"
-        expected, found = left(folder / "whole"), left(place / "run")
-        differing = {file for file in expected | found if expected.get(file) != found.get(file)}
-        assert differing <= {name}, "what is left is not what would have been left"
-        assert Path(name).suffix != ".safetensors" or "checkpoints" in name or not differing
-        return "goes on"
-    raise AssertionError
+        sentence = refusal(lambda: run_recipe(recipe))
+    if sentence:
+        assert Path(name).name in sentence or "holds a run of another recipe" in sentence, sentence
+        assert "\n" not in sentence
+        return "refused"
+    expected, found = left(folder / "whole"), left(place / "run")
+    differing = {file for file in expected | found if expected.get(file) != found.get(file)}
+    assert differing <= {name}, "what is left is not what would have been left"
+    read_by_nobody = "checkpoints" in name or (start == "whole" and name.startswith("00-sft/model/"))
+    assert Path(name).suffix != ".safetensors" or read_by_nobody or not differing
+    return "goes on"
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """The sentence by which something is refused, nothing where it is not. One of the system's is told as such."""
+    try:
+        act()
+    except (LuthierError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def files_of(runs: Runs, start: str) -> list[str]:
@@ -177,10 +185,9 @@ def test_a_damaged_adapter_is_refused_or_is_the_same_adapter(
         lambda: load_adapted(str(chat_model), tmp_path / "adapter"),
         lambda: merge_into(resolve(str(chat_model)), tmp_path / "adapter", tmp_path / "merged"),
     ):
-        try:
-            read()
-        except LuthierError as error:
-            assert "adapter" in str(error)
+        sentence = refusal(read)
+        if sentence:
+            assert "adapter" in sentence
             assert not (tmp_path / "merged").exists()
         else:
             assert weights.read_bytes()[-4:] == values

@@ -25,7 +25,7 @@ from luthier.recipe.policy import OnPolicy
 from luthier.recipe.rewards import parts_of
 from luthier.recipe.training import Pretrain, Training
 
-__all__ = ["PLAN", "data_hashes", "hardware", "kept_cut", "rewards_of", "versions", "write_manifest"]
+__all__ = ["PLAN", "data_hashes", "hardware", "kept_plan", "rewards_of", "versions", "write_manifest"]
 
 PLAN = "plan.json"
 
@@ -45,15 +45,20 @@ def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], art
         "base_model": dict(base),
         "data": {name: digest for stage in recipe.stages for name, digest in data_hashes(stage.settings).items()},
         "artifacts": dict(artifacts),
-        "micro_batch_tokens": {n: kept_cut(p) if (p := folder / n / PLAN).exists() else None for n in names},
+        "micro_batch_tokens": {name: _micro_batch_tokens(folder / name / PLAN) for name in names},
     }
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def kept_cut(plan: Path) -> int:
-    """The tokens of a micro-batch that a stage's plan.json has decided. Raises CheckpointError where it is damaged."""
+def kept_plan(path: Path) -> dict[str, Any]:
+    """A stage's plan.json. Raises CheckpointError where it is damaged."""
     mend = "copy it back, or delete it: steps are then cut anew, and sums may round otherwise than before"
-    return int(read_sealed(plan, mend=mend)["micro_batch_tokens"])
+    return read_sealed(path, mend=mend)
+
+
+def _micro_batch_tokens(plan: Path) -> Any:
+    """As the stage's memory plan decided; None for a stage without a plan of its own."""
+    return kept_plan(plan)["micro_batch_tokens"] if plan.exists() else None
 
 
 def versions() -> dict[str, str]:

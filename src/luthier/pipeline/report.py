@@ -16,6 +16,7 @@ from luthier.pipeline.sealed import read_rows
 from luthier.pipeline.stage_record import StageRecord, points_of, recipe_in, stages_of
 from luthier.recipe.document import Recipe
 from luthier.recipe.settings import flat
+from luthier.training.callbacks import complete
 
 __all__ = ["Sample", "write_report"]
 
@@ -57,11 +58,13 @@ def write_report(folder: Path, *, samples: Sequence[Sample] = (), output: Path |
     if samples:
         write_page(folder / "samples.jsonl", "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
     stages = stages_of(folder, recipe)
+    with complete(folder / "*" / "metrics.jsonl"):
+        shown = [(stage, _cards(stage), _charts(stage)) for stage in stages]
     values = {
         "name": folder.resolve().name,
         "path": " → ".join([recipe.model, *(stage.word for stage in recipe.stages)]),
         "result": _result(stages),
-        "stages": [(stage, _cards(stage), _charts(stage)) for stage in stages],
+        "stages": shown,
         "tables": {"Recipe": _recipe_table(recipe), "Made of": _manifest_table(folder / "manifest.json")},
         "samples": _read_samples(folder / "samples.jsonl"),
     }

@@ -28,7 +28,7 @@ from luthier.objectives.loss import Loss
 from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.forgetting import general_text, watch_forgetting
 from luthier.pipeline.live import store_adapter
-from luthier.pipeline.manifest import PLAN, kept_cut, rewards_of
+from luthier.pipeline.manifest import PLAN, kept_plan, rewards_of
 from luthier.pipeline.on_policy import on_rollouts, remove_others
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.policy import COLUMNS
@@ -37,11 +37,12 @@ from luthier.pipeline.prompts import PreparedPrompts, digest_of_prompts
 from luthier.pipeline.python_rewards import Functions
 from luthier.pipeline.reference import placeholders, referred
 from luthier.pipeline.rollout_files import claim_rollouts
+from luthier.pipeline.room import warn_of_little_room
 from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
-from luthier.training.callbacks import Callback, MetricsFile, read_metrics, total_of
+from luthier.training.callbacks import Callback, MetricsFile, complete, read_metrics, total_of
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.deterministic import deterministic
 from luthier.training.diagnosis import Diagnosis
@@ -115,6 +116,7 @@ def train(
     for line in (str(prepared.counts), *prepared.audit.lines()):
         logger.info("%s", line)
     tokens = _micro_batch_tokens(word, settings, model, prepared, folder)
+    warn_of_little_room(settings, kept_plan(folder / PLAN)["parts"], model.source.folder, folder)
     adapters = prepare_network(settings, model)
     try:
         if to_be_merged:
@@ -234,7 +236,7 @@ def _micro_batch_tokens(word: str, settings: Training, model: Model, prepared: P
     """
     path = folder / PLAN
     if settings.resume and path.exists():
-        return kept_cut(path)
+        return int(kept_plan(path)["micro_batch_tokens"])
     planner = Planner(word, str(model.source.folder), prepared, Machine.here(model.device, model.network))
     planned = planner.plan(settings)
     if not planned.fits:
@@ -284,7 +286,9 @@ def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    times = [line["seconds"] for line in lines if "loss" in line]
+    with complete(folder / "metrics.jsonl"):
+        times = [line["seconds"] for line in lines if "loss" in line]
+        final_loss = losses[-1]
     assert run.checkpoints is not None
     summary = Summary(
         folder=str(folder),
@@ -292,7 +296,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
         seconds=total_of(lines, "seconds") or 0.0,
         milliseconds_per_step=1000 * sum(times) / max(1, len(times)),
         tokens=run.state.progress.tokens,
-        final_loss=losses[-1],
+        final_loss=final_loss,
         best_eval_loss=run.state.progress.best_loss,
         first_eval_loss=evaluations[0] if evaluations else None,
         final_eval_loss=_final_eval_loss(run, evaluations),

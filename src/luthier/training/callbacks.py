@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from luthier.errors import CheckpointError
-from luthier.files import write_whole
+from luthier.files import naming, write_whole
 
-__all__ = ["Callback", "Metrics", "MetricsFile", "read_metrics", "total_of"]
+__all__ = ["Callback", "Metrics", "MetricsFile", "complete", "read_metrics", "total_of"]
 
 Metrics = dict[str, Any]
 
@@ -43,11 +44,13 @@ class MetricsFile:
         self.file = self.path.open("a", encoding="utf-8")
 
     def on_metrics(self, metrics: Metrics) -> None:
-        self.file.write(_line(metrics))
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(_line(metrics))
+            self.file.flush()
 
     def on_end(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # of a line that found no room, which has been said
+            self.file.close()
 
 
 def read_metrics(path: Path) -> list[Metrics]:
@@ -58,6 +61,19 @@ def read_metrics(path: Path) -> list[Metrics]:
         return []
     lines = path.read_bytes().split(b"\n")
     return [_numbers(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], start=1) if line]
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[None]:
+    """Says of lines that were read from the file, where a name is missing that each has, that they are damaged. Raises
+    CheckpointError.
+    """
+    try:
+        yield
+    except LookupError as error:
+        raise CheckpointError(
+            f"{path}: a line is damaged ({error}); delete it, and its numbers alone are lost"
+        ) from None
 
 
 def _numbers(line: bytes, where: str) -> Metrics:
