@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from luthier.data.batches import TokenBatch, cut
+from luthier.data.batches import TokenBatch
 from luthier.data.sequences import TokenSequence
 from luthier.objectives.loss import Loss
 from luthier.training.callbacks import Metrics, MetricsFile, read_metrics
@@ -43,7 +43,7 @@ def run_in(run_of: RunOf, rows_of: RowsOf) -> Callable[..., Run]:
         run = run_of(
             **{"epochs": 2, "dropout": 0.1, "eval_fraction": 0.1, "eval_every": 2, "save_every": 3, **given},
             checkpoints=Checkpoints(folder / "checkpoints", keep_last=2, fingerprint="one"),
-            eval_batches=cut(rows_of(4), None),
+            eval_items=rows_of(4),
             callbacks=[MetricsFile(folder / "metrics.jsonl"), stop, *others],
         )
         assert run.checkpoints is not None

@@ -18,8 +18,8 @@ from luthier.errors import LuthierError
 from luthier.files import existing
 from luthier.models.cache import cache_folder
 from luthier.models.sources import resolve
+from luthier.pipeline.disk import checkpoint_bytes, free_bytes, model_bytes
 from luthier.pipeline.plan import plan_stage
-from luthier.pipeline.room import checkpoint_bytes, free_bytes, model_bytes
 from luthier.recipe.document import Recipe, load_recipe
 from luthier.training.memory import available_bytes
 

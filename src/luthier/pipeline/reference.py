@@ -32,7 +32,7 @@ from luthier.models.quantize import quantized_as
 from luthier.models.score import evaluating, sequence_logprobs
 from luthier.models.sources import resolve
 from luthier.pipeline.live import dtype_of
-from luthier.pipeline.sealed import OTHER, SEAL, seal_of
+from luthier.pipeline.sealed import OTHER, seal_of
 
 __all__ = ["placeholders", "referred", "with_reference"]
 
@@ -147,11 +147,11 @@ def _read(path: Path, key: str) -> Tensor | None:
     why = OTHER
     try:
         with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-            if said.get("key") != key:
+            said, _, seal = (file.metadata() or {}).get("key", "").partition(" ")
+            if said != key:
                 return None
             values: Tensor = file.get_tensor("logprobs")
-        if said.get(SEAL) == seal_of(values.tolist()):
+        if seal == seal_of(values.tolist()):
             return values
     except (SafetensorError, OSError) as error:
         why = str(error)
@@ -159,6 +159,7 @@ def _read(path: Path, key: str) -> Tensor | None:
 
 
 def _write(path: Path, key: str, values: Tensor) -> None:
+    """With one word of metadata, for safetensors writes several in any order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        save_file({"logprobs": values}, beside, metadata={"key": key, SEAL: seal_of(values.tolist())})
+        save_file({"logprobs": values}, beside, metadata={"key": f"{key} {seal_of(values.tolist())}"})

@@ -26,6 +26,7 @@ from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.objectives.loss import Loss
 from luthier.pipeline.claim import FREE_SETTINGS
+from luthier.pipeline.disk import warn_of_little_room
 from luthier.pipeline.forgetting import general_text, watch_forgetting
 from luthier.pipeline.live import store_adapter
 from luthier.pipeline.manifest import PLAN, kept_plan, rewards_of
@@ -37,7 +38,6 @@ from luthier.pipeline.prompts import PreparedPrompts, digest_of_prompts
 from luthier.pipeline.python_rewards import Functions
 from luthier.pipeline.reference import placeholders, referred
 from luthier.pipeline.rollout_files import claim_rollouts
-from luthier.pipeline.room import warn_of_little_room
 from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.pipeline.stages import STAGES
 from luthier.recipe.preference import WithReference

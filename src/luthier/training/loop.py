@@ -190,9 +190,9 @@ def _in_room(run: Run, scale: float) -> tuple[dict[str, Tensor], int]:
     def work() -> tuple[dict[str, Tensor], int]:
         run.state.drop_gradients()
         begin_step(run.state.network)
-        torch.manual_seed(_mixed(run.settings.seed, index))  # dropout's draws belong to the step
         with _weights_rest(run):
             micro_batches = run.cut(index)
+        torch.manual_seed(_mixed(run.settings.seed, index))  # dropout's draws belong to the step
         measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective, scale)
         return measured, sum(batch.num_tokens for batch in micro_batches)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.pipeline.room import checkpoint_bytes, free_bytes, warn_of_little_room
+from luthier.pipeline.disk import checkpoint_bytes, free_bytes, warn_of_little_room
 from luthier.recipe.training import Training
 
 PARTS = {"gradients": 4 * 10**6, "optimizer": 8 * 10**6}
