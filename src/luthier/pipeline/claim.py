@@ -36,11 +36,11 @@ _PLAIN = (bool, bytes, complex, float, int, str, type(None))
 
 def claimed_by(output: Path) -> str | None:
     """What the folder's run says of itself; None where the folder holds no run. Raises RecipeError."""
+    path = output / _RECIPE
     try:
-        path = output / _RECIPE
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     except OSError as error:
-        raise RecipeError(f"output: {output} cannot be read ({error.strerror}); choose another output") from error
+        raise RecipeError(f"output: {path} cannot be read ({error.strerror}); choose another output") from error
 
 
 def claim(output: Path, text: str) -> None:
