@@ -93,8 +93,10 @@ def left(output: str) -> dict[str, object]:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
         elif path.name == "rollout.json":
-            told = json.loads(path.read_text())
-            found[name] = {key: value for key, value in told["told"].items() if key not in TIMES}, told["next_prompt"]
+            numbers = json.loads(path.read_text())
+            del numbers["sha256"]  # of times too
+            numbers["told"] = {key: value for key, value in numbers["told"].items() if key not in TIMES}
+            found[name] = numbers
         elif path.suffix == ".safetensors":
             found[name] = path.read_bytes()
     return found

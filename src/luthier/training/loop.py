@@ -165,7 +165,7 @@ def train_step(run: Run) -> Metrics:
     measured |= end_step(run.state.network)
     numbers = _read(measured)
     _count_or_skip(run, numbers["grad_norm"], step)
-    run.state.drop_gradients()  # not before: adapters may look at gradients after a step
+    run.state.optimizer.zero_grad(set_to_none=True)  # not before: adapters may look at gradients after a step
     progress.step += 1
     progress.tokens += num_tokens
     seconds = time.perf_counter() - started
