@@ -9,7 +9,7 @@ demo: setup
 # Two workers with one thread each: more threads than cores only make the workers wait for one another.
 TEST := -m pytest -q -n 2 -m "not slow"
 
-.PHONY: setup demo test test-slow test-oldest lint format clean
+.PHONY: setup demo test test-slow test-track test-oldest lint format clean
 
 setup: .venv/installed
 
@@ -26,6 +26,16 @@ test: setup
 # The longer proofs, one after another, up to the first failure.
 test-slow: setup
 	.venv/bin/python -m pytest -q -x -m slow
+
+# The trackers' packages are many and held against one another by no constraint, so `make test` does without most.
+.venv-track/installed: pyproject.toml
+	test -x .venv-track/bin/python || $(PYTHON) -m venv .venv-track
+	.venv-track/bin/python -m pip install -q $(TORCH)
+	.venv-track/bin/python -m pip install -q -e '.[test,track]'
+	touch $@
+
+test-track: .venv-track/installed
+	OMP_NUM_THREADS=1 .venv-track/bin/python -m pytest -q tests/training/test_trackers.py
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
@@ -45,4 +55,4 @@ format: setup
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-track .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,8 +36,9 @@ from luthier.pipeline.stages import STAGES
 from luthier.recipe.preference import WithReference
 from luthier.recipe.settings import settings_from
 from luthier.recipe.stages import STAGE_SETTINGS
-from luthier.training.loop import Run, train_step
+from luthier.training.loop import train_step
 from luthier.training.memory import keep_freed_memory
+from luthier.training.run import Run
 
 MODEL, RATE, BETA = "smollm2-135m", 1e-4, 0.1
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

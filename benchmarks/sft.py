@@ -34,9 +34,10 @@ from luthier.models.trainable import freeze_base
 from luthier.pipeline.methods import next_tokens
 from luthier.pipeline.plan import FIRST_MICRO_BATCH_TOKENS
 from luthier.recipe import SFT, LoRA
-from luthier.training.loop import Run, train_step
+from luthier.training.loop import train_step
 from luthier.training.memory import keep_freed_memory
 from luthier.training.optimizers import make_optimizer
+from luthier.training.run import Run
 from luthier.training.state import Progress, TrainState
 
 MODEL = "smollm2-135m"

@@ -36,10 +36,16 @@ EXTRAS_IMPORTED_LATE = {
     ("luthier.rollout.numbers", "math_verify"),
     ("luthier.rollout.rules", "jsonschema"),
     ("luthier.rollout.rules", "referencing"),
-    ("luthier.training.callbacks", "torch.utils.tensorboard"),
+    *(("luthier.training.trackers", name) for name in ("alembic", "mlflow", "sqlalchemy", "trackio", "wandb")),
+    ("luthier.training.trackers", "torch.utils.tensorboard"),
 }
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic",
+    "huggingface_hub": "huggingface-hub",
+    "mlflow": "mlflow-skinny",
+}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 

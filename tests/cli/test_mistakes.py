@@ -1,13 +1,7 @@
 """What a user may get wrong, as a user would: one sentence that names it, exit code 1, and never a traceback."""
 
 import json
-import os
-import resource
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -138,47 +132,3 @@ def test_a_folder_with_another_recipes_run_is_refused(place: Path, capsys: pytes
     capsys.readouterr()
     assert "run holds a run of another recipe" in refused(capsys, "run recipe.yaml")
     assert (place / "run" / "00-sft" / "done.json").read_bytes() == before
-
-
-def started(*arguments: str, limit_bytes: int | None = None) -> subprocess.Popen[str]:
-    """The command in a process of its own, which can write no file that is longer than the limit. It hears Ctrl-C also
-    where the tests run in a script's background, which does not.
-    """
-
-    def limit() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-    command = [sys.executable, "-m", "luthier.cli.main", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
-
-
-def test_ctrl_c_ends_a_run_in_one_sentence_and_keeps_what_it_saved(place: Path) -> None:
-    recipe = Path("recipe.yaml")
-    recipe.write_text(recipe.read_text().replace("max_steps: 2", "epochs: 9999, save_every: 2"))
-    run, saved = started("run", "recipe.yaml"), place / "run" / "00-sft" / "checkpoints" / "last" / "progress.json"
-    try:
-        while not saved.exists():
-            assert run.poll() is None
-            time.sleep(0.02)
-        run.send_signal(signal.SIGINT)
-        _, error = run.communicate(timeout=60)
-    finally:
-        run.kill()
-    assert run.returncode == 130
-    assert "Traceback" not in error
-    assert error.splitlines()[-1] == "luthier: interrupted; run the same command again to go on"
-    assert json.loads(saved.read_text())["progress"]["step"] >= 2
-
-
-@pytest.mark.parametrize("limit_bytes", [10_000, pytest.param(40_000, marks=pytest.mark.slow)])
-def test_a_full_disk_is_one_sentence(limit_bytes: int, place: Path) -> None:
-    """A limit on a file's length stands in for it: no checkpoint fits, or checkpoints and no model."""
-    run = started("run", "recipe.yaml", limit_bytes=limit_bytes)
-    _, error = run.communicate(timeout=60)
-    assert run.returncode == 1
-    assert "Traceback" not in error
-    assert error.splitlines()[-1].startswith("luthier: ")
-    assert "File too large" in error.splitlines()[-1]

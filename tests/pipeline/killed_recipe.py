@@ -2,9 +2,10 @@
 
 Arguments: the recipe, whose output is relative; how it is killed; a number; a seed. `fork` and `spawn` kill it `number`
 times, at moments drawn one from each of equal parts of the run's own time, in random order; a forked run is the same
-command without the seconds that its imports take. `writes` kills runs just before they open for writing, make, rename
-or remove a file, every `number`th such event of a run from the `seed`th on; a file opened for writing is left empty.
-Ends with 1 and says what differs where a killed run that went on is not, byte for byte, the run that was left alone.
+command without the seconds that its imports take, and `term` asks a forked one to end. `writes` kills runs just before
+they open for writing, make, rename or remove a file, every `number`th such event of a run from the `seed`th on; a file
+opened for writing is left empty. Ends with 1 and says what differs where a killed run that went on is not, byte for
+byte, the run that was left alone.
 """
 
 import json
@@ -28,7 +29,8 @@ from luthier.cli.run import run_on_screen
 
 IMPORTED = (LlamaForCausalLM, PreTrainedTokenizerFast, run_on_screen)  # here already when a run is forked
 MEASURED = {  # differ by nature
-    *("seconds", "milliseconds_per_step", "tokens_per_second", "memory_bytes"),
+    *("seconds", "milliseconds_per_step", "tokens_per_second", "memory_bytes", "energy_joules"),
+    "sha256",  # of these
     *("rollout/seconds", "rollout/tokens_per_second"),
 }
 OF_ITS_DAY = {"report.html", "plan.json"}  # tell times, and the memory that was there
@@ -58,7 +60,7 @@ def spawned(arguments: list[str], folder: Path) -> int:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL).pid
 
 
-BEGIN: dict[str, Callable[[list[str], Path], int]] = {"fork": forked, "spawn": spawned}
+BEGIN: dict[str, Callable[[list[str], Path], int]] = {"fork": forked, "spawn": spawned, "term": forked}
 
 
 def kill_at_write(number: int) -> None:
@@ -78,16 +80,21 @@ def kill_at_write(number: int) -> None:
 def was_killed(process: int) -> bool:
     """Waits for its end; whether that was a signal. Ends this process where it failed by itself."""
     _, status = os.waitpid(process, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, 128 + signal.SIGTERM) and code > 0:
         sys.exit("the run failed by itself")
-    return os.WIFSIGNALED(status)
+    return code != 0
 
 
-def is_killed(process: int, after_seconds: float) -> bool:
-    """Whether the signal came before its end."""
+def is_killed(process: int, after_seconds: float, sent: signal.Signals) -> bool:
+    """Whether the signal came before its end. One that asks is heard within ten seconds."""
     time.sleep(after_seconds)
-    os.kill(process, signal.SIGKILL)
-    return was_killed(process)
+    os.kill(process, sent)
+    asked = time.monotonic()
+    ended = was_killed(process)
+    if time.monotonic() - asked > 10 and ended:
+        sys.exit(f"{sent.name} was not heard in time")
+    return ended
 
 
 def without_measured(value: object) -> object:
@@ -163,7 +170,7 @@ def kill_in_time(recipe: Path, how: str, number: int, seed: int) -> Counter[str]
     for moment in moments(times[1], times[2], number, seed):
         while True:
             is_whole = not (folder / "run").exists()
-            if is_killed(begin(run, folder), moment):
+            if is_killed(begin(run, folder), moment, signal.SIGTERM if how == "term" else signal.SIGKILL):
                 break
             compare(expected, folder, folder.name)
             folder = fresh(recipe.parent, f"killed-{next(runs)}")

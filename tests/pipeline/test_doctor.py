@@ -98,7 +98,7 @@ def test_what_is_wrong_in_a_recipe_is_a_problem(recipe: Path, old: str, new: str
 
 
 def test_a_disk_that_is_too_small_is_a_problem(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("luthier.pipeline.doctor._free", lambda folder: 10)
+    monkeypatch.setattr("luthier.pipeline.doctor.free_bytes", lambda folder: 10)
     ((level, words),) = bad(check_recipe(recipe))
     assert level == "problem"
     assert "lower keep_last" in words

@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_no_other_start_and_no_other_text(speaker: Path, stop
     with pytest.raises(KeyboardInterrupt):
         run("sft", speaker, "chats.jsonl", "run", [stop_at(5)], **given)
     Path("run/forgetting.json").unlink()
-    with pytest.raises(CheckpointError, match=r"forgetting\.json: cannot be read.*resume: false"):
+    with pytest.raises(CheckpointError, match=r"forgetting\.json: is damaged .*resume: false"):
         run("sft", speaker, "chats.jsonl", "run", **given)
     with pytest.raises(CheckpointError, match="other settings, data or model"):
         run("sft", speaker, "chats.jsonl", "run", **given, forgetting="texts.jsonl")

@@ -56,6 +56,18 @@ def test_a_recipe_killed_twenty_times_ends_as_the_one_that_was_left_alone(kill: 
     assert {"first stage", "second stage"} <= phases.keys()
 
 
+def test_a_recipe_that_is_asked_to_end_ends_as_the_one_that_was_left_alone(kill: Kill) -> None:
+    """SIGTERM; also no checkpoint is left that the other one has not."""
+    assert sum(kill("term", 1, 0).values()) == 1
+
+
+@pytest.mark.slow
+def test_a_recipe_that_is_asked_twenty_times_to_end_ends_as_the_one_that_was_left_alone(kill: Kill) -> None:
+    phases = kill("term", 20, 1, epochs=8)
+    assert sum(phases.values()) == 20
+    assert {"first stage", "second stage"} <= phases.keys()
+
+
 @pytest.mark.slow
 def test_a_command_killed_at_random_moments_ends_as_the_one_that_was_left_alone(kill: Kill) -> None:
     """Real processes, from their imports on."""

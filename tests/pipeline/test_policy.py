@@ -26,7 +26,8 @@ from luthier.recipe.policy import OnPolicy
 from luthier.recipe.policy_methods import POLICY
 from luthier.recipe.settings import settings_from
 from luthier.recipe.stages import STAGE_SETTINGS
-from luthier.training.loop import Run, step_gradients, train_step
+from luthier.training.loop import step_gradients, train_step
+from luthier.training.run import Run
 
 WIDE = 10**6  # tokens, in which a step is not cut
 

@@ -9,13 +9,22 @@ from typing import Any
 
 import pytest
 
+from luthier.cli.signals import heard
 from luthier.errors import CheckpointError
 from luthier.pipeline.run import run_recipe
 from luthier.recipe.document import Recipe, dump_recipe
 from luthier.training.callbacks import Metrics
+from luthier.training.stopping import Stop
 
 DRIVER = Path(__file__).with_name("killed_policy.py")
-TIMES = {"seconds", "tokens_per_second", "memory_bytes", "rollout/seconds", "rollout/tokens_per_second"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "memory_bytes",
+    "energy_joules",
+    "rollout/seconds",
+    "rollout/tokens_per_second",
+}
 
 REWARD = """
 def score(prompt, answer, row):
@@ -84,11 +93,42 @@ def left(output: str) -> dict[str, object]:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
         elif path.name == "rollout.json":
-            told = json.loads(path.read_text())
-            found[name] = {**told, "told": {key: value for key, value in told["told"].items() if key not in TIMES}}
+            numbers = json.loads(path.read_text())
+            del numbers["sha256"]  # of times too
+            numbers["told"] = {key: value for key, value in numbers["told"].items() if key not in TIMES}
+            found[name] = numbers
         elif path.suffix == ".safetensors":
             found[name] = path.read_bytes()
     return found
+
+
+ASKING = """
+import os, pathlib, signal
+
+def score(prompt, answer, row):
+    stage = pathlib.Path({run!r}) / "stopped" / "00-grpo"
+    if len(list(stage.glob("rollouts/*/rollout.json"))) == 2 and not (stage / "asked").exists():
+        (stage / "asked").touch()
+        os.kill({process}, signal.SIGTERM)
+    return min(len(answer), 6) * (row["number"] % 3 + 1)
+"""
+
+
+def test_a_rollout_ends_at_once_where_the_run_is_asked_to_end(place: Path, speaker: Path) -> None:
+    """By SIGTERM, while rewards are waited for. What was sampled is kept, and so is the step before, which no setting
+    saves; and it goes on to the same end.
+    """
+    (place / "rewards.py").write_text(ASKING.format(run=str(place), process=os.getpid()))
+    less = {"save_every": 4, "eval_every": 4}
+    run_recipe(recipe_of("grpo", speaker, "whole", **less))
+    stop, recipe, stage = Stop(), recipe_of("grpo", speaker, "stopped", **less), place / "stopped" / "00-grpo"
+    with pytest.raises(KeyboardInterrupt), heard(stop) as signals:
+        run_recipe(recipe, listeners=lambda index, stage: [stop])
+    assert signals.exit_code == 143
+    assert (stage / "checkpoints" / "last").readlink() == Path("step-00000002")
+    assert list((stage / "rollouts" / "000002").glob("samples-0.jsonl"))
+    run_recipe(recipe)
+    assert left("stopped") == left("whole")
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,9 @@ BAD = {  # the recipe, and the one complaint about it
         '4: stages[0].sft.eval_every: expected a whole number or "epoch", got "epochs"; did you mean "epoch"?',
     ),
     "list_entry": (
-        SFT + "      report_to: [wandb]",
-        '4: stages[0].sft.report_to[0]: expected "tensorboard", got "wandb"',
+        SFT + "      report_to: [wand]",
+        '4: stages[0].sft.report_to[0]: expected one of "mlflow", "tensorboard", "trackio", "wandb", got "wand"; '
+        'did you mean "wandb"?',
     ),
     "later_list_entry": (
         SFT + "      freeze:\n        - a\n        - 7",
@@ -102,7 +103,7 @@ BAD = {  # the recipe, and the one complaint about it
     "empty_data": ("stages:\n  - sft: {data: ''}", '2: stages[0].sft.data: expected text that is not empty, got ""'),
     "steps": (
         SFT + "      gradient_checkpointing: -1",
-        "4: stages[0].sft.gradient_checkpointing: expected at least 0, got -1",
+        '4: stages[0].sft.gradient_checkpointing: expected at least 0 or "selective", got -1',
     ),
     "no_stages": ("seed: 1", "1: stages: is required; add it"),
     "empty_stages": ("seed: 1\nstages: []", "2: stages: expected at least one entry, got an empty list"),

@@ -39,7 +39,7 @@ def test_flags_are_named_by_dashes_and_dots() -> None:
 
 def test_flags_know_their_words_defaults_and_number() -> None:
     assert FLAGS["--adapter"].choices == (*ADAPTER_SETTINGS, "none")
-    assert FLAGS["--report-to"].choices == ("tensorboard",)
+    assert FLAGS["--report-to"].choices == ("mlflow", "tensorboard", "trackio", "wandb")
     assert FLAGS["--eval-every"].choices == ()
     assert FLAGS["--data"].required
     assert [name for name, flag in FLAGS.items() if flag.required] == ["--data"]
@@ -123,7 +123,11 @@ def test_flags_that_are_not_given_keep_the_defaults() -> None:
             "--adapter.type: --adapter lora says another; leave one of the two out",
         ),
         ({"--columns": ["prompt"]}, '--columns: expected name=value, got "prompt"'),
-        ({"--report-to": ["tensorboard", "wandb"]}, '--report-to: [1]: expected "tensorboard", got "wandb"'),
+        (
+            {"--report-to": ["wandb", "wand"]},
+            '--report-to: [1]: expected one of "mlflow", "tensorboard", "trackio", "wandb", got "wand"; '
+            'did you mean "wandb"?',
+        ),
         ({"--decay-ratio": "0.1"}, "--decay-ratio: the cosine schedule has none; drop it or choose schedule: wsd"),
     ],
 )

@@ -57,7 +57,7 @@ shared: dict[str, Any] = {
     "max_grad_norm": st.none() | rates,
     "gradient_checkpointing": st.booleans() | st.integers(0, 9) | st.just("selective"),
     "save_every": st.none() | st.just("epoch") | counts,
-    "report_to": st.sampled_from([(), ("tensorboard",)]),
+    "report_to": st.sampled_from([(), ("tensorboard",), ("wandb", "mlflow")]),
     "on_error": st.sampled_from(["skip", "stop"]),
 }
 sfts = st.builds(SFT, **shared, train_on=st.sampled_from(["all", "last"]), chat_template=st.none() | paths)

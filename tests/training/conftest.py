@@ -18,9 +18,9 @@ from luthier.objectives.language import language_modelling
 from luthier.objectives.loss import Loss
 from luthier.recipe.adapters import LoRA
 from luthier.recipe.training import Training
-from luthier.training.loop import Run
 from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
+from luthier.training.run import Run
 from luthier.training.state import Progress, TrainState
 
 RUN_FIELDS = ("checkpoints", "eval_items", "callbacks", "adapters", "objective")

@@ -15,8 +15,9 @@ from luthier.quant.dynamic import dynamic_map
 from luthier.training import adam8bit
 from luthier.training.adam8bit import Adam8bit, dequantize, quantize
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, train_step
+from luthier.training.loop import train_step
 from luthier.training.optimizers import step_if_finite
+from luthier.training.run import Run
 
 RunOf = Callable[..., Run]
 

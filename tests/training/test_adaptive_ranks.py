@@ -20,7 +20,8 @@ from luthier.models.attention import ATTENTION, register_attention
 from luthier.objectives.loss import Loss
 from luthier.recipe import adapters as recipe
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, evaluate_loss, fit, train_step
+from luthier.training.loop import evaluate_loss, fit, train_step
+from luthier.training.run import Run
 
 RowsOf = Callable[..., list[TokenSequence]]
 RunOf = Callable[..., Run]

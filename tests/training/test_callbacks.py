@@ -1,4 +1,4 @@
-"""The metrics file holds each step once, whatever ended the runs that wrote it; TensorBoard gets the same numbers."""
+"""The metrics file holds each step once, whatever ended the runs that wrote it."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.training.callbacks import MetricsFile, TensorBoard, read_metrics
+from luthier.training.callbacks import MetricsFile, read_metrics
 
 
 def write(path: Path, first: int, last: int, *, told: float = 0.0) -> None:
@@ -75,18 +75,3 @@ def test_numbers_that_are_not_finite_are_null_and_the_line_is_strict_json(tmp_pa
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
     assert all(math.isnan(line["loss"]) for line in read_metrics(path))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_gets_the_numbers_of_each_step(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = TensorBoard(tmp_path)
-    board.on_start(0, 2)
-    for step in (1, 2):
-        board.on_metrics({"step": step, "loss": step / 4, "note": "text is left out"})
-    board.on_end()
-    read = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 0.25), (2, 0.5)]
-    assert read.Tags()["scalars"] == ["loss"]

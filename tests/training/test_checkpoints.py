@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from luthier.errors import CheckpointError
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, train_step
+from luthier.training.loop import train_step
+from luthier.training.run import Run
 
 RunOf = Callable[..., Run]
 

@@ -24,7 +24,8 @@ from luthier.training.callbacks import Metrics, MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.float8 import ScalesFile
 from luthier.training.footprint import step_footprint
-from luthier.training.loop import Run, fit, train_step
+from luthier.training.loop import fit, train_step
+from luthier.training.run import Run
 
 RunOf = Callable[..., Run]
 MEASURED = {"seconds", "tokens_per_second", "memory_bytes"}

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from luthier.data.batches import collate
 from luthier.models.recompute import checkpoint_layers
 from luthier.training.footprint import Footprint, LiveBytes, step_footprint
-from luthier.training.loop import Run
+from luthier.training.run import Run
 
 RunOf = Callable[..., Run]
 

@@ -18,7 +18,8 @@ from luthier.models.score import score
 from luthier.objectives.loss import Loss
 from luthier.recipe.adapters import LoRA as Settings
 from luthier.training.callbacks import Metrics
-from luthier.training.loop import Run, evaluate_loss, fit, step_gradients, train_step
+from luthier.training.loop import evaluate_loss, fit, step_gradients, train_step
+from luthier.training.run import Run
 
 RowsOf = Callable[..., list[TokenSequence]]
 RunOf = Callable[..., Run]

@@ -24,8 +24,9 @@ from luthier.recipe.adapters import LoRA
 from luthier.recipe.precision import DynamicScaling, LossScaling, StaticScaling
 from luthier.training.callbacks import Metrics
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Objective, Run, fit, train_step
+from luthier.training.loop import fit, train_step
 from luthier.training.loss_scaling import LossScale, first_scale, next_scale, unscale
+from luthier.training.run import Objective, Run
 
 RunOf = Callable[..., Run]
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

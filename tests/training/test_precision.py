@@ -17,9 +17,10 @@ from luthier.models.attention import ATTENTION, register_attention
 from luthier.objectives.loss import Loss
 from luthier.training.callbacks import Metrics
 from luthier.training.checkpoints import Checkpoints, load_trained
-from luthier.training.loop import Run, fit, step_gradients, train_step
+from luthier.training.loop import fit, step_gradients, train_step
 from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
+from luthier.training.run import Run
 
 RowsOf = Callable[..., list[TokenSequence]]
 RunOf = Callable[..., Run]

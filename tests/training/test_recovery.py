@@ -14,7 +14,8 @@ from luthier.data.sequences import TokenSequence
 from luthier.errors import TrainingError
 from luthier.training.callbacks import Callback, MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, fit
+from luthier.training.loop import fit
+from luthier.training.run import Run
 
 RunOf = Callable[..., Run]
 Broken = Callable[[Run, Sequence[int]], None]

@@ -14,7 +14,8 @@ from torch import Tensor
 from luthier.data.sequences import TokenSequence
 from luthier.training.callbacks import Metrics, MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, fit
+from luthier.training.loop import fit
+from luthier.training.run import Run
 
 RowsOf = Callable[..., list[TokenSequence]]
 RunOf = Callable[..., Run]

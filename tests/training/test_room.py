@@ -14,7 +14,8 @@ from luthier.errors import MemoryPlanError
 from luthier.objectives.loss import Loss
 from luthier.shortage import ran_out
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, evaluate_loss, fit, train_step
+from luthier.training.loop import evaluate_loss, fit, train_step
+from luthier.training.run import Run
 
 RunOf = Callable[..., Run]
 RowsOf = Callable[..., list[TokenSequence]]

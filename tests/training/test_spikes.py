@@ -13,8 +13,9 @@ from luthier.data.batches import TokenBatch
 from luthier.objectives.loss import Loss
 from luthier.training.callbacks import Callback, MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, fit
+from luthier.training.loop import fit
 from luthier.training.optimizers import step_if_finite
+from luthier.training.run import Run
 from luthier.training.spikes import is_spike, remembered, spike_bound
 
 RunOf = Callable[..., Run]

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from luthier.data.batches import cut
 from luthier.data.sequences import TokenSequence
 from luthier.models.attention import ATTENTION, register_attention
-from luthier.training.loop import Run, step_gradients
+from luthier.training.loop import step_gradients
+from luthier.training.run import Run
 
 
 def network() -> LlamaForCausalLM:

@@ -6,6 +6,7 @@ the configuration, else in the configuration itself. A file that asks for what t
 name, because an adapter that is read in part is another adapter.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from luthier.recipe.adapters import ADAPTER_SETTINGS, AnyAdapter
 from luthier.recipe.settings import settings_from
 
 __all__ = ["settings_of_config", "words_of_config"]
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = "trainable_token_indices"
 _HEAD, _OTHER_HEAD = "score", "classifier"  # PEFT writes both names for a classifier, of which a network has one
@@ -71,6 +74,8 @@ def settings_of_config(path: Path, config: Mapping[str, Any], own: Mapping[str, 
         same = settings.trainable_token_indices == tokens and _says_the_same(config, settings)
         if same and not isinstance(names, str):
             return settings if names is None else settings.model_copy(update={"target_modules": tuple(names)})
+        if not same:
+            logger.warning("%s: says something else than when the adapter was saved; what it says now counts", path)
     word, form = _type_of(path, config)
     known = {*form.fields.values(), *form.fixed, *form.unread, *_HARMLESS}
     asked = sorted(name for name, value in config.items() if value and name not in known)

@@ -17,7 +17,7 @@ from luthier.adapters.dylora import rank_to_serve, serve_at, served_rank
 from luthier.adapters.inject import ADAPTERS, DEFAULT_NAME, adapted_layers, attach, build, share
 from luthier.adapters.new_tokens import token_words
 from luthier.adapters.peft_config import settings_of_config, words_of_config
-from luthier.adapters.peft_files import CONFIG, OWN_FIELD, WEIGHTS, opened, read_config, write_adapter
+from luthier.adapters.peft_files import CONFIG, OWN_FIELD, WEIGHTS, opened, read_config, refuse_damaged, write_adapter
 from luthier.adapters.targets import Linear, named_places
 from luthier.errors import AdapterError
 from luthier.recipe.adapters import AnyAdapter
@@ -170,6 +170,7 @@ def read_adapter(folder: Path, *, rank: int | None = None) -> SavedAdapter:
     rank that the adapter does not have.
     """
     config = read_config(folder)
+    refuse_damaged(folder / WEIGHTS)
     with opened(folder / WEIGHTS) as file:
         said: dict[str, str] = file.metadata() or {}
     own = _own(folder / WEIGHTS, said)

@@ -2,16 +2,18 @@
 nor transformers.
 
 Errors that the user can mend, a mistyped command line and files that cannot be used among them, are printed as one
-sentence, with exit code 1; `--debug` prints the traceback. Ctrl-C ends a run with exit code 130; what it saved is kept,
-and the same command goes on from there.
+sentence, with exit code 1; `--debug` prints the traceback. Ctrl-C ends a run with exit code 130 and SIGTERM with 143,
+after a checkpoint, and the same command goes on from there.
 """
 
-import errno
 import importlib
 import logging
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -19,7 +21,10 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from luthier import __version__
+from luthier.cli.signals import heard
 from luthier.errors import LuthierError
+from luthier.files import is_full, not_written
+from luthier.training.stopping import Stop
 
 __all__ = ["COMMANDS", "main"]
 
@@ -52,7 +57,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # word -> module below luthier.cli, on
     "plan": ("plan", "Say how much memory a stage will take, and what to change where it does not fit."),
     "doctor": ("doctor", "Look for what would spoil a run: on this machine, in a recipe, in data."),
     "verify": ("verify", "Show that a promise holds on your recipe: loss, resume, template."),
-    "report": ("report", "Write a run's report.html, also while the run is going."),
+    "report": ("report", "Write a run's report.html, also while the run is going; compare several runs."),
     "models": ("models", "List the models that have a short name."),
 }
 
@@ -94,17 +99,27 @@ def luthier(ctx: click.Context, debug: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and ends the process with its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given, stop = list(sys.argv[1:] if arguments is None else arguments), Stop()
     try:
-        sys.exit(luthier.main(given, prog_name="luthier", standalone_mode=False) or 0)
+        with heard(stop) as signals:
+            sys.exit(luthier.main(given, prog_name="luthier", standalone_mode=False, obj=stop) or 0)
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted; run the same command again to go on")
-        sys.exit(130)
+        _say(signals.sentence())
+        _exit(signals.exit_code)
     except (click.ClickException, LuthierError, OSError) as error:
         if "--debug" in given:
             traceback.print_exc()
         _say(_sentence(error))
         sys.exit(1)
+
+
+def _exit(code: int) -> None:
+    """Without waiting for threads that still wait for a server."""
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _sentence(error: Exception) -> str:
@@ -113,9 +128,10 @@ def _sentence(error: Exception) -> str:
             return f"{error.format_message().rstrip('.')} (see {ctx.command_path} --help)"
         case click.ClickException():
             return error.format_message()
+        case OSError(filename=str(name)) if is_full(error):
+            return not_written(Path(name), error, mend=" and run the same command again")
         case OSError():
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            mend = "make room and run the same command again" if full else "check the path and who may use it"
+            mend = "make room and run the same command again" if is_full(error) else "check the path and who may use it"
             return f"{error.filename}: {error.strerror}; {mend}" if error.filename else f"{error}; {mend}"
     return str(error)
 

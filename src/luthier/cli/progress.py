@@ -67,6 +67,7 @@ def show_summary(console: Console, title: str, summary: Summary) -> None:
         "trained parameters": f"{summary.trained_parameters:,}",
         "final loss": f"{summary.final_loss:.4f}",
         "held-out loss": _held_out(summary),
+        **({} if summary.energy_joules is None else {"energy": f"{summary.energy_joules / 3600:,.3g} Wh"}),
     }.items():
         table.add_row(name, value)
     console.print(table)

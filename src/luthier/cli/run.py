@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import click
@@ -10,9 +9,10 @@ from rich.console import Console
 
 from luthier.cli.progress import Screen, show_summary
 from luthier.pipeline.reproduce import reproduce
-from luthier.pipeline.run import run_recipe
+from luthier.pipeline.run import Listeners, run_recipe
 from luthier.pipeline.train import Summary
-from luthier.recipe.document import Recipe, Stage, load_recipe, recipe_schema
+from luthier.recipe.document import Recipe, load_recipe, recipe_schema
+from luthier.training.stopping import Stop
 
 __all__ = ["command", "run_on_screen"]
 
@@ -58,14 +58,14 @@ def _print_schema(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
 def run_on_screen(recipe: Recipe) -> list[Summary]:
     """Runs a recipe and shows it. Returns what each stage did."""
     console = Console()
-    summaries = run_recipe(recipe, listeners=partial(_screens, console))
+    summaries = run_recipe(recipe, listeners=_listeners(console))
     _show(console, recipe, summaries)
     return summaries
 
 
 def _run_once_more(manifest: Path, output: str | None) -> None:
     console = Console()
-    recipe, summaries, different = reproduce(manifest, output=output, listeners=partial(_screens, console))
+    recipe, summaries, different = reproduce(manifest, output=output, listeners=_listeners(console))
     _show(console, recipe, summaries)
     verdict = (
         f"other bytes than the first time: {', '.join(different)}" if different else "the same bytes as the first time"
@@ -73,8 +73,10 @@ def _run_once_more(manifest: Path, output: str | None) -> None:
     console.print(verdict, markup=False)
 
 
-def _screens(console: Console, index: int, stage: Stage) -> list[Screen]:
-    return [Screen(console, f"{index:02d}-{stage.word}")]
+def _listeners(console: Console) -> Listeners:
+    """A stage's screen, and whoever hears of signals."""
+    stop = click.get_current_context().find_object(Stop) or Stop()
+    return lambda index, stage: [Screen(console, f"{index:02d}-{stage.word}"), stop]
 
 
 def _show(console: Console, recipe: Recipe, summaries: Sequence[Summary]) -> None:

@@ -7,9 +7,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast, get_args
 
-from luthier.evaluate.verdicts import Judge, Question, Verdict
+from luthier.errors import CheckpointError
+from luthier.evaluate.verdicts import Judge, Outcome, Question, Verdict
 from luthier.files import write_whole
 
 __all__ = ["AT_A_TIME", "Remembered"]
@@ -42,11 +43,19 @@ class Remembered:
     def _read(self) -> dict[str, Verdict]:
         """What was heard before. A last line that a kill cut short is dropped, also from the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        lines: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[:-1]]
-        verdicts = {line["question"]: Verdict(line["outcome"]) for line in lines}
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        verdicts = dict(self._verdict(number, line) for number, line in enumerate(text.split("\n")[:-1], start=1))
         write_whole(self.path, "".join(_line(digest, verdict) for digest, verdict in verdicts.items()))
         return verdicts
+
+    def _verdict(self, number: int, line: str) -> tuple[str, Verdict]:
+        try:
+            match json.loads(line):
+                case {"question": str(digest), "outcome": str(outcome)} if outcome in get_args(Outcome):
+                    return digest, Verdict(cast(Outcome, outcome))
+        except ValueError:
+            pass
+        raise CheckpointError(f"{self.path}:{number}: this line is damaged; delete it, and the judge is asked again")
 
 
 def _line(digest: str, verdict: Verdict) -> str:

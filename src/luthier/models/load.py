@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from luthier.errors import ModelError
+from luthier.errors import LuthierError, ModelError
 from luthier.models.attention import ATTENTION, register_attention, supports_ragged
 from luthier.models.quiet import quiet
 from luthier.models.sources import ResolvedSource, resolve
@@ -217,7 +216,9 @@ def _readable(source: ResolvedSource) -> Iterator[None]:
     with quiet():
         try:
             yield
-        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        except LuthierError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
             raise ModelError(f"{source.folder}: cannot be loaded ({_first_line(error)}); fetch it again") from error
 
 

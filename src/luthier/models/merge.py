@@ -28,7 +28,7 @@ from luthier.adapters.new_tokens import knowing
 from luthier.adapters.peft_format import SavedAdapter, read_adapter
 from luthier.adapters.targets import linear_targets
 from luthier.errors import ModelError
-from luthier.files import written_whole
+from luthier.files import ELSEWHERE, existing, in_words, not_written, written_whole
 from luthier.models.adapted import refuse_wrong_base, tokenizer_of
 from luthier.models.certificate import Certificate, certify, fits_in_memory
 from luthier.models.heads import head_outline, padded_for, trains_head
@@ -112,7 +112,7 @@ def merge_into(
             _write_settings(beside, source, network, _tokenizer(source, saved, tokenizer, network), dtype)
             certificate = _certificate(source, saved, beside, files) if verify else None
     except (OSError, ValueError) as error:  # ValueError: settings that transformers will not write
-        raise ModelError(f"{place}: cannot be written ({error}); make room or choose another place") from error
+        raise ModelError(not_written(place, error, wanted=_bytes_of(files), mend=ELSEWHERE)) from error
     return Merged(place, len(layers), certificate)
 
 
@@ -276,13 +276,15 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _check_room(place: Path, files: Files) -> None:
-    needed = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
-    free = shutil.disk_usage(next(folder for folder in place.parents if folder.is_dir())).free
+    needed, free = _bytes_of(files), shutil.disk_usage(existing(place.parent)).free
     if needed > free:
         raise ModelError(
-            f"{place}: the merged model takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room or "
-            "choose another place"
+            f"{place}: the merged model takes {in_words(needed)} and {in_words(free)} are free; make room{ELSEWHERE}"
         )
+
+
+def _bytes_of(files: Files) -> int:
+    return sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
 
 
 def _tokenizer(

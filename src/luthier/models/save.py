@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from luthier.adapters.inject import adapted_layers
 from luthier.errors import AdapterError, ModelError
-from luthier.files import written_whole
+from luthier.files import ELSEWHERE, not_written, written_whole
 from luthier.models.load import DTYPES, Model
 from luthier.models.quiet import quiet
 from luthier.models.stops import generation_config
@@ -46,7 +46,7 @@ def save(
         with quiet(), written_whole(place) as beside:
             _write(model, beside, dtype=None if dtype is None else DTYPES[dtype], max_shard_bytes=max_shard_bytes)
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: settings that transformers will not write
-        raise ModelError(f"{place}: cannot be written ({error}); make room or choose another place") from error
+        raise ModelError(not_written(place, error, mend=ELSEWHERE)) from error
     return place
 
 

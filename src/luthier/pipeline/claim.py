@@ -12,7 +12,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 
 from luthier.errors import RecipeError
-from luthier.files import write_whole
+from luthier.files import ELSEWHERE, is_full, not_written, write_whole
 from luthier.recipe.document import Stage, parse_recipe
 
 __all__ = [
@@ -36,11 +36,11 @@ _PLAIN = (bool, bytes, complex, float, int, str, type(None))
 
 def claimed_by(output: Path) -> str | None:
     """What the folder's run says of itself; None where the folder holds no run. Raises RecipeError."""
+    path = output / _RECIPE
     try:
-        path = output / _RECIPE
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     except OSError as error:
-        raise RecipeError(f"output: {output} cannot be read ({error.strerror}); choose another output") from error
+        raise RecipeError(f"output: {path} cannot be read ({error.strerror}); choose another output") from error
 
 
 def claim(output: Path, text: str) -> None:
@@ -55,6 +55,8 @@ def claim(output: Path, text: str) -> None:
                 plan.unlink()
         write_whole(output / _RECIPE, text)
     except OSError as error:
+        if is_full(error):
+            raise RecipeError(f"output: {not_written(output, error, mend=ELSEWHERE)}") from error
         raise RecipeError(f"output: {output} cannot be written ({error.strerror}); choose another output") from error
 
 

@@ -15,8 +15,10 @@ import torch
 
 from luthier.data.reading import read_examples
 from luthier.errors import LuthierError
+from luthier.files import existing
 from luthier.models.cache import cache_folder
 from luthier.models.sources import resolve
+from luthier.pipeline.disk import checkpoint_bytes, free_bytes, model_bytes
 from luthier.pipeline.plan import plan_stage
 from luthier.recipe.document import Recipe, load_recipe
 from luthier.training.memory import available_bytes
@@ -61,7 +63,7 @@ class Machine:
             threads=torch.get_num_threads(),
             flags=_flags(),
             memory=available_bytes(torch.device("cpu")),
-            disk=_free(Path.cwd()),
+            disk=free_bytes(Path.cwd()),
             gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
             has_driver=shutil.which("nvidia-smi") is not None,
         )
@@ -116,7 +118,7 @@ def _room(machine: Machine) -> Iterator[Finding]:
 
 def _cache() -> Iterator[Finding]:
     folder = cache_folder(os.environ)
-    place = _existing(folder)
+    place = existing(folder)
     if place.is_dir() and os.access(place, os.W_OK):
         yield Finding("good", f"models are kept in {folder}")
     else:
@@ -141,8 +143,7 @@ def check_recipe(path: Path) -> list[Finding]:
             continue
         fits = f"{name}: takes {plan.peak_bytes / 1e9:.1f} GB of {plan.available_bytes / 1e9:.1f}"
         found.append(Finding("good", fits) if plan.fits else Finding("problem", f"{name}: {plan.sentence(change)}"))
-        checkpoint = plan.parts["gradients"] + plan.parts["optimizer"]  # what is trained and its moments
-        written += (stage.settings.keep_last + 2) * checkpoint
+        written += checkpoint_bytes(stage.settings, plan.parts)
     return [*found, *_disk(recipe, written)]
 
 
@@ -152,8 +153,7 @@ def _disk(recipe: Recipe, written: int) -> Iterator[Finding]:
         folder = resolve(recipe.model).folder
     except LuthierError:  # which its stages have said
         return
-    model = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    needed, free = written + model * len(recipe.stages), _free(Path(recipe.output))
+    needed, free = written + model_bytes(folder) * len(recipe.stages), free_bytes(Path(recipe.output))
     what = f"{recipe.output}: takes about {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} are free"
     change = "make room, lower keep_last, or choose an output on another disk"
     yield Finding("good", what) if needed < free else Finding("problem", what, change)
@@ -187,13 +187,3 @@ def _flags() -> frozenset[str] | None:
     lines = info.read_text().splitlines() if info.exists() else []
     named = next((line for line in lines if line.lower().startswith(("flags", "features"))), None)
     return None if named is None else frozenset(named.partition(":")[2].split())
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(_existing(folder)).free
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
-    absolute = folder.absolute()
-    return next(place for place in (absolute, *absolute.parents) if place.exists())

@@ -6,7 +6,6 @@ bound the run ends and goes back to its best checkpoint, as any guard makes it. 
 questions were answered rightly, lie in the stage's folder, so that a run that goes on compares with the same model.
 """
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -26,12 +25,13 @@ from luthier.data.sequences import Item, TokenGroup, TokenSequence, sequences_of
 from luthier.errors import CheckpointError, DataError, RecipeError, TrainingError
 from luthier.evaluate.choices import answered_rightly, batches_of
 from luthier.evaluate.significance import Fall, fall_between
-from luthier.files import write_whole
 from luthier.pipeline.methods import next_tokens
+from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.recipe.guards import Forgetting
 from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import Training
-from luthier.training.loop import Run, evaluate_loss
+from luthier.training.loop import evaluate_loss
+from luthier.training.run import Run
 
 __all__ = ["General", "general_data", "watch_forgetting"]
 
@@ -143,7 +143,7 @@ class _Watch:
         if self.run.state.progress.step == 0:
             if loss is not None and not math.isfinite(loss):
                 raise TrainingError(f"forgetting.text: the untrained model's loss on it is {loss}; set dtype: fp32")
-            write_whole(self.path, json.dumps({**now, "rightly": [int(one) for one in rightly]}) + "\n")
+            write_sealed(self.path, {**now, "rightly": [int(one) for one in rightly]})
         first, told = self._first(), {}
         if now:
             told["forgetting_perplexity"] = now["perplexity"]
@@ -171,18 +171,11 @@ class _Watch:
         return [sum(len(questions[i]) for i in members) for members in batches_of(questions, self.run.room.tokens)]
 
     def _first(self) -> dict[str, Any]:
-        try:
-            first: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            if len(first["rightly"]) == len(self.general.questions) and (
-                "perplexity" in first or not self.general.text
-            ):
-                return first
-            raise ValueError("it is of another guard")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.path}: cannot be read ({error}), so nobody knows the model before training; start afresh with "
-                "resume: false, or drop forgetting"
-            ) from error
+        mend = "nobody knows the model before training; start afresh with resume: false, or drop forgetting"
+        first = read_sealed(self.path, mend=mend)
+        if len(first["rightly"]) != len(self.general.questions) or ("perplexity" in first) != bool(self.general.text):
+            raise CheckpointError(f"{self.path}: is of another guard, so {mend}")
+        return first
 
     def refused(self, measured: dict[str, float]) -> str | None:
         """Why the run has to end; warns once of each loss that is only on the way there."""

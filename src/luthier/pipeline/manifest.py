@@ -19,12 +19,15 @@ import torch
 from luthier.data.sources import find_files
 from luthier.files import file_hash, write_whole
 from luthier.pipeline.reward_hashes import reward_hashes
+from luthier.pipeline.sealed import read_sealed
 from luthier.recipe.document import Recipe, dump_recipe
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.rewards import parts_of
 from luthier.recipe.training import Pretrain, Training
 
-__all__ = ["data_hashes", "hardware", "rewards_of", "versions", "write_manifest"]
+__all__ = ["PLAN", "data_hashes", "hardware", "kept_plan", "rewards_of", "versions", "write_manifest"]
+
+PLAN = "plan.json"
 
 _PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 _SECONDS_FOR_GIT = 10
@@ -42,14 +45,20 @@ def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], art
         "base_model": dict(base),
         "data": {name: digest for stage in recipe.stages for name, digest in data_hashes(stage.settings).items()},
         "artifacts": dict(artifacts),
-        "micro_batch_tokens": {name: _micro_batch_tokens(folder / name / "plan.json") for name in names},
+        "micro_batch_tokens": {name: _micro_batch_tokens(folder / name / PLAN) for name in names},
     }
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
+def kept_plan(path: Path) -> dict[str, Any]:
+    """A stage's plan.json. Raises CheckpointError where it is damaged."""
+    mend = "copy it back, or delete it: steps are then cut anew, and sums may round otherwise than before"
+    return read_sealed(path, mend=mend)
+
+
 def _micro_batch_tokens(plan: Path) -> Any:
     """As the stage's memory plan decided; None for a stage without a plan of its own."""
-    return json.loads(plan.read_text(encoding="utf-8"))["micro_batch_tokens"] if plan.exists() else None
+    return kept_plan(plan)["micro_batch_tokens"] if plan.exists() else None
 
 
 def versions() -> dict[str, str]:

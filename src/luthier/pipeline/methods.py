@@ -24,7 +24,7 @@ from luthier.pipeline.reference import with_reference
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.preference import KTO, OnPairs, ProcessReward, Reward, WithReference
 from luthier.recipe.training import Training
-from luthier.training.loop import Guard, Measure, Objective, Preparation
+from luthier.training.run import Guard, Measure, Objective, Preparation
 
 __all__ = [
     "Method",

@@ -30,7 +30,7 @@ from luthier.rollout.rewards import rewarder_of
 from luthier.rollout.scoring import Failure
 from luthier.rollout.server_engine import ServerEngine, server_engine
 from luthier.training.callbacks import Metrics
-from luthier.training.loop import Run
+from luthier.training.run import Run
 
 __all__ = ["on_rollouts", "remove_others"]
 

@@ -47,7 +47,7 @@ from luthier.recipe.settings import settings_from
 from luthier.recipe.stages import STAGE_SETTINGS
 from luthier.recipe.training import SFT, DType, Training
 from luthier.training.callbacks import Callback, Metrics
-from luthier.training.loop import Objective
+from luthier.training.run import Objective
 
 __all__ = ["FUNCTIONS", "Batches", "batches", "fit", "save"]
 

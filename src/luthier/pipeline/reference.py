@@ -32,6 +32,7 @@ from luthier.models.quantize import quantized_as
 from luthier.models.score import evaluating, sequence_logprobs
 from luthier.models.sources import resolve
 from luthier.pipeline.live import dtype_of
+from luthier.pipeline.sealed import OTHER, seal_of
 
 __all__ = ["placeholders", "referred", "with_reference"]
 
@@ -143,14 +144,22 @@ def _read(path: Path, key: str) -> Tensor | None:
     """What the file holds, None where there is none or it is of other data."""
     if not path.exists():
         return None
+    why = OTHER
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("logprobs") if (file.metadata() or {}).get("key") == key else None
+            said, _, seal = (file.metadata() or {}).get("key", "").partition(" ")
+            if said != key:
+                return None
+            values: Tensor = file.get_tensor("logprobs")
+        if seal == seal_of(values.tolist()):
+            return values
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); delete it, and it is computed anew") from error
+        why = str(error)
+    raise CheckpointError(f"{path}: cannot be read ({why}); delete it, and it is computed anew")
 
 
 def _write(path: Path, key: str, values: Tensor) -> None:
+    """With one word of metadata, for safetensors writes several in any order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        save_file({"logprobs": values}, beside, metadata={"key": key})
+        save_file({"logprobs": values}, beside, metadata={"key": f"{key} {seal_of(values.tolist())}"})

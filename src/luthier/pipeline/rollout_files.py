@@ -18,13 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.errors import CheckpointError
-from luthier.files import replacing, write_whole
+from luthier.files import file_hash, replacing, write_whole
+from luthier.pipeline.sealed import OTHER, read_sealed, read_sealed_rows, write_sealed, write_sealed_rows
 from luthier.rollout.requests import Sample
 from luthier.rollout.scoring import Failure
 
 __all__ = ["RolloutFiles", "Sampled", "claim_rollouts"]
 
 _FOLDER = "rollouts"
+_HASH = "batch_sha256"
+_MEND = "copy it back, or begin anew with resume: false"
 
 Sampled = tuple[Sample, ...] | Failure
 
@@ -45,15 +48,18 @@ class RolloutFiles:
     def samples(self, attempt: int) -> list[Sampled] | None:
         """What was sampled, None where it was not."""
         path = self.folder / f"samples-{attempt}.jsonl"
-        return [_sampled(line) for line in _lines(path)] if path.exists() else None
+        mend = "delete it, and it is sampled anew"
+        return [_sampled(row) for row in read_sealed_rows(path, mend=mend)] if path.exists() else None
 
     def keep_samples(self, attempt: int, found: Sequence[Sampled]) -> None:
         """Writes what was sampled."""
-        self._write(f"samples-{attempt}.jsonl", [_as_values(one) for one in found])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_sealed_rows(self.folder / f"samples-{attempt}.jsonl", [_as_values(one) for one in found])
 
     def keep_answers(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes the answers with their rewards."""
-        self._write("answers.jsonl", rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def batch(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What is learned from, and the rollout's numbers; None where it is not finished. Raises CheckpointError."""
@@ -61,24 +67,28 @@ class RolloutFiles:
         if numbers is None or not path.exists():
             return None
         self._forget_samples()
+        why = OTHER
         try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, numbers  # noqa: SIM118
+            if file_hash(path) == numbers.pop(_HASH, None):
+                with safe_open(path, framework="pt") as file:
+                    return {name: file.get_tensor(name) for name in file.keys()}, numbers  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); delete it, and it is sampled anew") from error
+            why = str(error)
+        raise CheckpointError(
+            f"{path}: cannot be read ({why}); delete it, and it is sampled anew, by the policy as it is by then"
+        )
 
     def keep_batch(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Writes what is learned from, and then the numbers, which say that all is there."""
         with replacing(self.folder / "batch.safetensors") as beside:
             save_file(tensors, beside)
-        write_whole(self.folder / "rollout.json", json.dumps(numbers, indent=1) + "\n")
+        write_sealed(self.folder / "rollout.json", {**numbers, _HASH: file_hash(self.folder / "batch.safetensors")})
         self._forget_samples()
 
     def numbers(self) -> dict[str, Any] | None:
         """What is told of the rollout, None where it is not finished."""
         path = self.folder / "rollout.json"
-        found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        return found
+        return read_sealed(path, mend=_MEND) if path.exists() else None
 
     def forget_batch(self) -> None:
         """Deletes what is needed for learning alone."""
@@ -87,10 +97,6 @@ class RolloutFiles:
     def _forget_samples(self) -> None:
         for path in self.folder.glob("samples-*.jsonl"):
             path.unlink()
-
-    def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def claim_rollouts(stage: Path, fingerprint: str, *, anew: bool) -> None:
@@ -101,10 +107,6 @@ def claim_rollouts(stage: Path, fingerprint: str, *, anew: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_whole(owner, fingerprint)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _as_values(found: Sampled) -> dict[str, Any]:

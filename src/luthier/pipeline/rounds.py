@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,6 +38,7 @@ from luthier.pipeline.claim import FREE_SETTINGS
 from luthier.pipeline.manifest import data_hashes
 from luthier.pipeline.prepare import set_template
 from luthier.pipeline.prompts import distinct
+from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.pipeline.train import Summary
 from luthier.recipe.document import Stage
 from luthier.recipe.judges import RuleJudge
@@ -53,6 +53,8 @@ from luthier.rollout.scoring import Failure
 __all__ = ["RoundResult", "TrainRound", "forget_rounds", "read_rounds", "run_rounds"]
 
 logger = logging.getLogger(__name__)
+
+_ANEW = "delete it and run again, which measures the round anew"
 
 TrainRound = Callable[[Stage, str, Path, Path], Summary]
 """Trains a stage from a source in a folder and leaves its model in another, unless that is done."""
@@ -119,7 +121,7 @@ def run_rounds(settings: IterativeDPO, source: str, folder: Path, train: TrainRo
 def read_rounds(folder: Path) -> list[RoundResult]:
     """What the rounds did that are done, in order."""
     paths = sorted(folder.glob("round-*/round.json"), key=lambda path: int(path.parent.name.removeprefix("round-")))
-    return [RoundResult(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return [RoundResult(**read_sealed(path, mend=_ANEW)) for path in paths]
 
 
 def forget_rounds(folder: Path) -> None:
@@ -209,7 +211,7 @@ class _Rounds:
         if not pairs:
             raise TrainingError(_nothing_preferred(number, unpaired, report))
         counts = {"prompts": len(prompts), "pairs": len(pairs), "unpaired": unpaired, "judged": str(report)}
-        write_whole(place / "judged.json", json.dumps(counts, indent=1) + "\n")
+        write_sealed(place / "judged.json", counts)
         write_examples(pairs, path)
         return path
 
@@ -227,8 +229,8 @@ class _Rounds:
         place = self.folder / f"round-{number}"
         path = place / "round.json"
         if path.exists():
-            return RoundResult(**json.loads(path.read_text(encoding="utf-8")))
-        counts: dict[str, Any] = json.loads((place / "judged.json").read_text(encoding="utf-8"))
+            return RoundResult(**read_sealed(path, mend=_ANEW))
+        counts = read_sealed(place / "judged.json", mend="copy it back, or begin anew with resume: false")
         prompts = self.prompts[1]  # one seed for all: luck in sampling is the same for every model
         now = self._sampled(place / "held_out_answers.json", source, prompts, 1, seed=0)
         before = self._sampled(self.folder / "first_answers.json", self.source, prompts, 1, seed=0)
@@ -242,7 +244,7 @@ class _Rounds:
         if not rate.wins + rate.ties + rate.losses:
             raise TrainingError(f"round {number}: the judge compared no answers ({report}); run the same command again")
         result = RoundResult(**asdict(rate), round=number, **counts, compared=str(report))
-        write_whole(path, json.dumps(asdict(result), indent=1) + "\n")
+        write_sealed(path, asdict(result))
         return result
 
     def _sampled(
@@ -264,8 +266,8 @@ class _Rounds:
             del model
             gc.collect()  # a network refers to itself, and the next one needs its place
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps([list(map(asdict, answers)) for answers in found], indent=1) + "\n")
-        read = json.loads(path.read_text(encoding="utf-8"))
+            write_sealed(path, {"answers": [list(map(asdict, answers)) for answers in found]})
+        read = read_sealed(path, mend="delete it, and it is sampled anew")["answers"]
         return [tuple(_Answer(**answer) for answer in answers) for answers in read]
 
 

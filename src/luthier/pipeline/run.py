@@ -1,35 +1,36 @@
 """A recipe's stages in a row, each on the merged model of the one before, going on where an earlier run stopped.
 
-A stage that is done says so in its `done.json`, with the hashes of its data; it is not done again, and refused where
-that data has changed. Between two stages the adapter is merged into the weights as they are stored (not as they were
-rounded for training), so no adapter ever stands on another.
+A stage that is done says so in its `done.json`, with the hashes of its data and of what it has left; it is not done
+again, and refused where its data has changed or what it left is damaged. Between two stages the adapter is merged into
+the weights as they are stored (not as they were rounded for training), so no adapter ever stands on another.
 """
 
-import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from luthier.adapters.merge import can_be_merged
 from luthier.adapters.peft_files import WEIGHTS
 from luthier.errors import CheckpointError
-from luthier.files import file_hash, write_whole, written_whole
+from luthier.files import file_hash, written_whole
 from luthier.models.load import Model, load, load_either
 from luthier.models.merge import merge_into
 from luthier.models.sources import resolve
 from luthier.models.weights import weights_hash
 from luthier.pipeline.claim import begins_anew, claim, claimed_by, goes_on, has_trained
+from luthier.pipeline.done import DONE, is_done, note_done, refuse_changed, refuse_damaged
 from luthier.pipeline.live import store_trained
 from luthier.pipeline.manifest import data_hashes, write_manifest
 from luthier.pipeline.report import write_report
 from luthier.pipeline.rounds import forget_rounds, run_rounds
-from luthier.pipeline.train import Summary, train
+from luthier.pipeline.train import Summary, read_summary, train, write_summary
 from luthier.recipe.document import Recipe, Stage, dump_recipe
 from luthier.recipe.preference import RewardModel
 from luthier.recipe.rounds import IterativeDPO
 from luthier.training.callbacks import Callback
+from luthier.training.trackers import tracking
 
 __all__ = ["Listeners", "run_recipe", "run_stage"]
 
@@ -46,16 +47,20 @@ def run_recipe(recipe: Recipe, *, listeners: Listeners = lambda index, stage: ()
     recipe's run.
     """
     output = Path(recipe.output)
+    for stage in recipe.stages:
+        tracking(stage.settings, output)  # refuses one that is not installed, before the first stage and not the last
     _claim(output, recipe)
     summaries: list[Summary] = []
-    source = recipe.model
+    source, before = recipe.model, None
     for index, stage in enumerate(recipe.stages):
         folder = output / f"{index:02d}-{stage.word}"
         last = index == len(recipe.stages) - 1
         destination = output / "model" if last else folder / "model"
         callbacks = listeners(index, stage)
+        if before is not None and not is_done(folder):
+            refuse_damaged(before, "model", Path(source))
         summaries.append(run_stage(stage, source, folder, destination, callbacks, last=last))
-        source = str(destination)
+        before, source = folder, str(destination)
     _describe(output, recipe)
     write_report(output)
     return summaries
@@ -77,7 +82,7 @@ def _forget(output: Path, recipe: Recipe) -> None:
     """Later stages first, so that a kill leaves no stage done on a model that is to be trained again."""
     folders = [output / f"{index:02d}-{stage.word}" for index, stage in enumerate(recipe.stages)]
     for folder in reversed(folders[begins_anew(recipe.stages) :]):
-        for file in ("done.json", "plan.json"):
+        for file in (DONE, "plan.json"):
             (folder / file).unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         forget_rounds(folder)
@@ -90,11 +95,15 @@ def run_stage(
 
     last: no stage follows, so that an adapter which cannot be merged may stay beside the model.
     """
-    done, data = folder / "done.json", data_hashes(stage.settings)
-    if done.exists():
-        _refuse_changed(folder, json.loads(done.read_text(encoding="utf-8")).get("data", {}), data)
+    data = data_hashes(stage.settings)
+    if is_done(folder):
+        refuse_changed(folder, data)
+        if (folder / "adapter").is_dir():
+            refuse_damaged(folder, "adapter", folder / "adapter")
+        if last:
+            refuse_damaged(folder, "model", destination)
         logger.info("%s is done already", folder)
-        return Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        return read_summary(folder)
     if isinstance(stage.settings, IterativeDPO):
         summary = _run_rounds(stage.settings, source, folder, destination, callbacks)
     else:
@@ -102,7 +111,7 @@ def run_stage(
         model = (load_either if of_reward else load)(source, dtype=stage.settings.dtype)
         _, summary = train(stage.word, stage.settings, model, folder, callbacks=callbacks, to_be_merged=not last)
         _hand_over(stage, model, folder, destination)
-    write_whole(done, json.dumps({"data": data}, indent=1) + "\n")
+    note_done(folder, data=data, made={"adapter": folder / "adapter", "model": destination})
     return summary
 
 
@@ -112,7 +121,11 @@ def _run_rounds(
     """Each round as a stage; the best one's model becomes the stage's, and its files stand beside the others'."""
 
     def train_round(stage: Stage, source: str, place: Path, model: Path) -> Summary:
-        return run_stage(stage, source, place, model, callbacks, last=False)
+        was_done = is_done(place)
+        summary = run_stage(stage, source, place, model, callbacks, last=False)
+        if was_done:
+            refuse_damaged(place, "model", model)
+        return summary
 
     summaries, best = run_rounds(settings, source, folder, train_round)
     with written_whole(destination) as beside:
@@ -123,19 +136,16 @@ def _run_rounds(
         steps=sum(one.steps for one in summaries),
         seconds=sum(one.seconds for one in summaries),
         tokens=sum(one.tokens for one in summaries),
+        energy_joules=_sum_of_all([one.energy_joules for one in summaries]),
     )
-    write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
+    write_summary(folder, summary)
     return summary
 
 
-def _refuse_changed(folder: Path, trained_on: Mapping[str, str], data: Mapping[str, str]) -> None:
-    """Raises CheckpointError where a stage that is done was trained on other data than there is now."""
-    changed = sorted(name for name in trained_on.keys() | data.keys() if trained_on.get(name) != data.get(name))
-    if changed:
-        raise CheckpointError(
-            f"{folder} is done, but {', '.join(changed)} changed since then; choose another output, or train it again "
-            "with resume: false"
-        )
+def _sum_of_all(values: Sequence[float | None]) -> float | None:
+    """None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _hand_over(stage: Stage, model: Model, folder: Path, destination: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from luthier.errors import CheckpointError, RecipeError
 from luthier.files import write_whole
+from luthier.pipeline.sealed import read_rows, read_sealed, write_sealed
 from luthier.rollout.scoring import Failure, Score
 
 __all__ = ["Answer", "SampleFiles"]
@@ -46,13 +47,14 @@ class SampleFiles:
         path = self.folder / "made_of.json"
         ours: dict[str, Any] = json.loads(json.dumps({"answers": answers, "rewards": rewards, "choice": choice}))
         try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            mend = f"choose another output, or delete {self.folder}"
+            found = read_sealed(path, mend=mend) if path.exists() else None
             self._refuse_others(ours, found)
             self.folder.mkdir(parents=True, exist_ok=True)
             if found is not None and found["rewards"] != ours["rewards"]:
                 for file in self.folder.glob("rewards-*.jsonl"):
                     file.unlink()
-            write_whole(path, json.dumps(ours, indent=1) + "\n")
+            write_sealed(path, ours)
         except OSError as error:
             raise RecipeError(f"output: {self.folder} cannot be used ({error.strerror}); choose another") from error
 
@@ -88,8 +90,11 @@ class SampleFiles:
     def _read(self, kind: str) -> dict[int, Any]:
         """By place; what was written later counts."""
         files = sorted(self.folder.glob(f"{kind}-*.jsonl"))
-        lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
-        return {row["prompt"]: row[kind] for row in map(json.loads, lines)}
+        rows = [row for file in files for row in self._rows(file, kind)]
+        return {row["prompt"]: row[kind] for row in rows}
+
+    def _rows(self, file: Path, kind: str) -> list[dict[str, Any]]:
+        return read_rows(file, mend=f"delete it, and its {kind} are had anew", names=("prompt", kind))
 
     def _write(self, kind: str, values: Mapping[int, Any]) -> None:
         number = len(list(self.folder.glob(f"{kind}-*.jsonl")))

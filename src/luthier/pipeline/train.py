@@ -6,9 +6,7 @@ minute.
 """
 
 import hashlib
-import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,15 +21,15 @@ from luthier.data.batches import StepPlan, TokenBatch
 from luthier.data.prepare import Prepared
 from luthier.data.sequences import Item, TokenGroup, sequences_of
 from luthier.errors import RecipeError
-from luthier.files import write_whole
 from luthier.models.float8 import out_of_float8
 from luthier.models.load import Model
 from luthier.models.weights import weights_hash
 from luthier.objectives.loss import Loss
 from luthier.pipeline.claim import FREE_SETTINGS
+from luthier.pipeline.disk import warn_of_little_room
 from luthier.pipeline.forgetting import general_data, watch_forgetting
 from luthier.pipeline.live import store_adapter
-from luthier.pipeline.manifest import rewards_of
+from luthier.pipeline.manifest import PLAN, kept_plan, rewards_of
 from luthier.pipeline.on_policy import on_rollouts, remove_others
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
 from luthier.pipeline.policy import COLUMNS
@@ -40,19 +38,24 @@ from luthier.pipeline.prompts import PreparedPrompts, digest_of_prompts
 from luthier.pipeline.python_rewards import Functions
 from luthier.pipeline.reference import placeholders, referred
 from luthier.pipeline.rollout_files import claim_rollouts
+from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.pipeline.stages import STAGES
 from luthier.pipeline.watch import watch_answers
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
-from luthier.training.callbacks import Callback, MetricsFile, TensorBoard, read_metrics
+from luthier.training.callbacks import Callback, MetricsFile, complete, read_metrics, total_of
 from luthier.training.checkpoints import Checkpoints
+from luthier.training.deterministic import deterministic
 from luthier.training.diagnosis import Diagnosis
+from luthier.training.energy import EnergyMeter, gpu_counters, rapl_counters
 from luthier.training.float8 import ScalesFile
-from luthier.training.loop import Objective, Run, fit, step_gradients
+from luthier.training.loop import fit, step_gradients
 from luthier.training.memory import keep_freed_memory, release_freed_memory, within_free_memory
 from luthier.training.offload import activations_on_host, host_copy
+from luthier.training.run import Objective, Run
+from luthier.training.trackers import tracking
 
-__all__ = ["Summary", "make_run", "train"]
+__all__ = ["Summary", "make_run", "read_summary", "train", "write_summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ class Summary:
 
     folder: the stage's own, with metrics, checkpoints and adapter.  counts: where the rows went, as `Counts` names it.
     spikes: steps left out for a spike in their gradient. left_out_steps: those that the run went back before.
+    seconds, energy_joules: of all its steps and evaluations, also before an interruption; the latter where the machine
+    tells it.
     """
 
     folder: str
@@ -79,6 +84,18 @@ class Summary:
     counts: dict[str, int]
     spikes: int
     left_out_steps: int
+    energy_joules: float | None = None
+
+
+def write_summary(folder: Path, summary: Summary) -> None:
+    """Writes what the stage in this folder did."""
+    write_sealed(folder / "summary.json", asdict(summary))
+
+
+def read_summary(folder: Path) -> Summary:
+    """What the stage in this folder did. Raises CheckpointError where the file is damaged."""
+    mend = f"delete it and {folder / 'done.json'} and run again, which makes it anew from the last checkpoint"
+    return Summary(**read_sealed(folder / "summary.json", mend=mend))
 
 
 def train(
@@ -104,6 +121,7 @@ def train(
     for line in (str(prepared.counts), *prepared.audit.lines()):
         logger.info("%s", line)
     tokens = _micro_batch_tokens(word, settings, model, prepared, folder)
+    warn_of_little_room(settings, kept_plan(folder / PLAN)["parts"], model.source.folder, folder)
     adapters = prepare_network(settings, model)
     try:
         if to_be_merged:
@@ -120,9 +138,8 @@ def train(
         run.objective = objective or run.objective
         if settings.offload_activations:
             run.objective = _kept_on_host(run.objective)
-        with within_free_memory(model.device):
+        with deterministic(settings.deterministic), within_free_memory(model.device):
             _resume_or_rehearse(run, prepared)
-            started = time.perf_counter()
             fit(run)
         run.state.precision.close()
     finally:
@@ -131,7 +148,7 @@ def train(
     release_freed_memory()
     if settings.adapter is not None:
         store_adapter(model, folder / "adapter")
-    return prepared, _summary(run, prepared, folder, time.perf_counter() - started)
+    return prepared, _summary(run, prepared, folder)
 
 
 def _kept_on_host(objective: Objective) -> Objective:
@@ -158,11 +175,9 @@ def make_run(
 ) -> Run:
     """The Run of a prepared stage: plan, optimizer, checkpoints and who listens."""
     metrics, falls = folder / "metrics.jsonl", not isinstance(prepared, PreparedPrompts)
-    listeners: list[Callback] = [MetricsFile(metrics), Diagnosis(metrics, falls=falls), *callbacks]
+    heard: list[Callback] = [MetricsFile(metrics), Diagnosis(metrics, falls=falls), *tracking(settings, folder)]
     if settings.fp8 is not None:
-        listeners.append(ScalesFile(folder / "fp8.jsonl", model.network))
-    if "tensorboard" in settings.report_to:
-        listeners.append(TensorBoard(folder / "tensorboard"))
+        heard.append(ScalesFile(folder / "fp8.jsonl", model.network))
     method = STAGES[word].method(settings)
     general = general_data(settings, model.tokenizer)
     fingerprint = _fingerprint(settings, model, prepared, general.items)
@@ -178,8 +193,9 @@ def make_run(
         micro_batch_tokens=micro_batch_tokens,
         checkpoints=checkpoints,
         eval_items=prepared.evaluation,
-        callbacks=listeners,
+        callbacks=[*heard, *callbacks],
         adapters=adapters,
+        energy=EnergyMeter([*rapl_counters(), *gpu_counters(model.device)]),
     )
     if isinstance(prepared, PreparedPrompts):
         on_rollouts(run, prepared, model, folder, functions=functions)
@@ -225,15 +241,15 @@ def _micro_batch_tokens(word: str, settings: Training, model: Model, prepared: P
     """What the memory plan allows, written to plan.json. A run that goes on keeps what it began with: other cuts round
     otherwise. Raises RecipeError where the smallest micro-batches do not fit.
     """
-    path = folder / "plan.json"
+    path = folder / PLAN
     if settings.resume and path.exists():
-        return int(json.loads(path.read_text(encoding="utf-8"))["micro_batch_tokens"])
+        return int(kept_plan(path)["micro_batch_tokens"])
     planner = Planner(word, str(model.source.folder), prepared, Machine.here(model.device, model.network))
     planned = planner.plan(settings)
     if not planned.fits:
         raise RecipeError(planned.sentence(planner.cheapest_change(settings)))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(planned.as_dict(), indent=1) + "\n")
+    write_sealed(path, planned.as_dict())
     return planned.micro_batch_tokens
 
 
@@ -273,19 +289,21 @@ def _final_eval_loss(run: Run, evaluations: Sequence[float]) -> float | None:
     return run.state.progress.best_loss if run.state.progress.stopped_by else evaluations[-1]
 
 
-def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summary:
+def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    times = [line["seconds"] for line in lines if "loss" in line]
+    with complete(folder / "metrics.jsonl"):
+        times = [line["seconds"] for line in lines if "loss" in line]
+        final_loss = losses[-1]
     assert run.checkpoints is not None
     summary = Summary(
         folder=str(folder),
         steps=run.state.progress.step,
-        seconds=seconds,
+        seconds=total_of(lines, "seconds") or 0.0,
         milliseconds_per_step=1000 * sum(times) / max(1, len(times)),
         tokens=run.state.progress.tokens,
-        final_loss=losses[-1],
+        final_loss=final_loss,
         best_eval_loss=run.state.progress.best_loss,
         first_eval_loss=evaluations[0] if evaluations else None,
         final_eval_loss=_final_eval_loss(run, evaluations),
@@ -294,6 +312,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path, seconds: float) -> Summ
         counts=asdict(prepared.counts),
         spikes=run.state.progress.spikes,
         left_out_steps=len(run.state.progress.left_out),
+        energy_joules=total_of(lines, "energy_joules"),
     )
-    write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
+    write_summary(folder, summary)
     return summary

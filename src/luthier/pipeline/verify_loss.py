@@ -31,7 +31,8 @@ from luthier.recipe.document import Recipe
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
-from luthier.training.loop import Objective, step_gradients
+from luthier.training.loop import step_gradients
+from luthier.training.run import Objective
 
 __all__ = ["GRADIENT_BOUND", "CutResult", "LossProof", "verify_loss"]
 

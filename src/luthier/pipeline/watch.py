@@ -36,7 +36,7 @@ from luthier.rollout.engine import LocalEngine
 from luthier.rollout.generate import request_for
 from luthier.rollout.requests import Request, Sample, Sampling
 from luthier.rollout.scoring import Failure
-from luthier.training.loop import Run
+from luthier.training.run import Run
 
 __all__ = ["WATCHED", "read_watched", "watch_answers"]
 

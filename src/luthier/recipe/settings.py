@@ -6,7 +6,8 @@ list of one; true is no number; every error of a class is gathered before any is
 because flags do and because YAML 1.1 takes `2e-5` for text.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
@@ -25,7 +26,18 @@ from pydantic_core import CoreSchema
 from luthier.errors import RecipeError
 from luthier.recipe.problems import Problems, problems_in
 
-__all__ = ["Count", "Names", "Settings", "Share", "Word", "branches", "settings_from", "short_forms", "type_names"]
+__all__ = [
+    "Count",
+    "Names",
+    "Settings",
+    "Share",
+    "Word",
+    "branches",
+    "flat",
+    "settings_from",
+    "short_forms",
+    "type_names",
+]
 
 Count = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -96,6 +108,15 @@ def branches(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) in (Union, UnionType):
         return tuple(leaf for member in get_args(annotation) for leaf in branches(member))
     return (annotation,)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Plain values as text, those of nested settings under dotted names: `adapter.r` and `16`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def type_names(annotation: Any) -> list[str]:

@@ -24,7 +24,7 @@ Format = Literal["alpaca", "messages", "prompt_completion", "question_answer", "
 Interval = Count | Literal["epoch"] | None
 OnError = Literal["skip", "stop"]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
-Tracker = Literal["tensorboard"]
+Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
 _Beta = Annotated[float, Ge(0), Lt(1)]
 _Positive = Annotated[float, Gt(0)]
 _ShareOfTokens = Annotated[float, Gt(0), Lt(1)]
@@ -187,7 +187,10 @@ class Training(Settings):
     """Prompts that are answered at each evaluation, kept in watched.jsonl and looked through for signs of collapse."""
 
     report_to: tuple[Tracker, ...] = ()
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb (offline), mlflow, trackio; each is an extra."""
+
+    deterministic: bool = False
+    """Only operations that give the same bits each time, slower ones on a GPU; what has no such form is refused."""
 
     on_error: OnError = "stop"
     """What a row that does not fit does: stops the run, or is skipped, counted and put into quarantine.jsonl."""

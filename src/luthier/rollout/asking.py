@@ -8,7 +8,6 @@ stand between tags that they cannot write.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -18,6 +17,7 @@ from luthier.recipe.servers import Server
 from luthier.rollout.endpoint import WRONG_JSON, Endpoint, key_from
 from luthier.rollout.patience import Patience
 from luthier.rollout.scoring import Failure
+from luthier.rollout.workers import workers
 
 __all__ = ["LastLine", "ask_all", "between_tags", "conversation_text", "endpoint_of", "mark_of"]
 
@@ -62,7 +62,7 @@ def ask_all(
     """
     patience = Patience(most_failures)
     ask = partial(_ask_patiently, partial(_ask, endpoint, line, max_new_tokens), line.missing, patience)
-    with ThreadPoolExecutor(parallel, thread_name_prefix="judge") as pool:
+    with workers(parallel, "judge") as pool:
         return list(pool.map(ask, questions))
 
 

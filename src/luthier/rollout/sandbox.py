@@ -18,7 +18,6 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -29,6 +28,7 @@ from luthier.data.strict_json import describe
 from luthier.recipe.rewards import CodeReward
 from luthier.rollout.isolated import start_of
 from luthier.rollout.scoring import Answered, Failure, Score
+from luthier.rollout.workers import workers
 
 __all__ = ["Exam", "num_passed", "program_in", "scored_by_tests"]
 
@@ -51,7 +51,7 @@ class Exam:
 
 def scored_by_tests(settings: CodeReward, answered: Sequence[Answered]) -> list[Score]:
     """1 if all tests pass and else 0, or the share that passes, for each answer in their order."""
-    with ThreadPoolExecutor(settings.parallel, thread_name_prefix="tests") as pool:
+    with workers(settings.parallel, "tests") as pool:
         return list(pool.map(partial(_score, settings), answered))
 
 

@@ -8,7 +8,6 @@ another distribution, they are nan, and whoever trains computes them from the to
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from luthier.rollout.pushing import Pusher, pusher_of
 from luthier.rollout.requests import Request, Sample, Sampling
 from luthier.rollout.scoring import Failure
 from luthier.rollout.server_kinds import NO_ANSWER, SERVERS, Asked, Drawn
+from luthier.rollout.workers import workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class ServerEngine:
             for seeds in _seeds(request, sampling, together=together)
         ]
         patience = Patience(self.most_failures)
-        with ThreadPoolExecutor(self.parallel, thread_name_prefix="rollout") as pool:
+        with workers(self.parallel, "rollout") as pool:
             found = list(pool.map(partial(self._draw, patience), [asked for _, asked in jobs]))
         answers: list[list[Sample | Failure]] = [[] for _ in requests]
         for (place, _), drawn in zip(jobs, found, strict=True):  # here, since tokenizers are not made for threads

@@ -1,13 +1,16 @@
-"""Who listens to a run: the metrics file, TensorBoard, a screen. The loop calls; nobody here changes the training."""
+"""Who listens to a run: the metrics file, trackers, a screen. The loop calls; nobody here changes the training."""
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier.files import write_whole
+from luthier.errors import CheckpointError
+from luthier.files import naming, write_whole
 
-__all__ = ["Callback", "Metrics", "MetricsFile", "TensorBoard", "read_metrics"]
+__all__ = ["Callback", "Metrics", "MetricsFile", "complete", "read_metrics", "total_of"]
 
 Metrics = dict[str, Any]
 
@@ -43,41 +46,53 @@ class MetricsFile:
         self.file = self.path.open("a", encoding="utf-8")
 
     def on_metrics(self, metrics: Metrics) -> None:
-        self.file.write(_line(metrics))
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(_line(metrics))
+            self.file.flush()
 
     def on_end(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # of a line that found no room, which has been said
+            self.file.close()
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    """The lines of a metrics file; a last line that a kill cut short is left out. Raises CheckpointError for another
+    that holds no numbers.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines[:-1] if line]
+    lines = path.read_bytes().split(b"\n")
+    return [_numbers(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], start=1) if line]
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[None]:
+    """Says of lines that were read from the file, where a name is missing that each has, that they are damaged. Raises
+    CheckpointError.
+    """
+    try:
+        yield
+    except LookupError as error:
+        raise CheckpointError(
+            f"{path}: a line is damaged ({error}); delete it, and its numbers alone are lost"
+        ) from None
+
+
+def _numbers(line: bytes, where: str) -> Metrics:
+    try:
+        found = json.loads(line)
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            return {name: math.nan if value is None else value for name, value in found.items()}
+    except ValueError:
+        pass
+    raise CheckpointError(f"{where}: this line is damaged; delete it, and its numbers alone are lost")
+
+
+def total_of(lines: Sequence[Metrics], name: str) -> float | None:
+    """The sum over all lines; None where one of them does not tell it, for the sum would be of a part."""
+    return math.fsum(line[name] for line in lines) if all(name in line for line in lines) else None
 
 
 def _line(metrics: Metrics) -> str:
     lost = {name: None for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(metrics | lost, allow_nan=False) + "\n"
-
-
-class TensorBoard:
-    """Scalars for TensorBoard, in `folder`; needs the extra `track`."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an extra that a plain install does not have
-
-        self.folder, self.make = folder, SummaryWriter
-
-    def on_start(self, step: int, num_steps: int) -> None:
-        self.writer = self.make(str(self.folder), purge_step=step + 1)
-
-    def on_metrics(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and name != "step":
-                self.writer.add_scalar(name, value, metrics["step"])
-
-    def on_end(self) -> None:
-        self.writer.close()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier.errors import CheckpointError
-from luthier.files import flush, replacing, written_whole
+from luthier.files import flush, not_written, replacing, written_whole
 from luthier.training.state import Progress, TrainState
 
 __all__ = ["Checkpoints", "load_trained"]
@@ -28,6 +28,7 @@ __all__ = ["Checkpoints", "load_trained"]
 logger = logging.getLogger(__name__)
 
 _TENSORS, _STATE = "state.safetensors", "progress.json"
+_MEND = ", or lower keep_last, and run again, which goes on from the checkpoint before"
 
 
 class Checkpoints:
@@ -44,22 +45,34 @@ class Checkpoints:
 
         Raises CheckpointError where there is no room for it; those before it stay as they are.
         """
-        final = self.folder / f"step-{state.progress.step:08d}"
+        return self._saved(state, {"best": best, "between": False})
+
+    def save_between(self, state: TrainState) -> Path:
+        """As `save`, at a step that has none by the settings, unless it has one: for a run that is stopped there. It
+        does not count among the newest, and goes with the next one.
+        """
+        final = self._place(state)
+        return final if final.exists() else self._saved(state, {"best": False, "between": True})
+
+    def _place(self, state: TrainState) -> Path:
+        return self.folder / f"step-{state.progress.step:08d}"
+
+    def _saved(self, state: TrainState, kind: dict[str, bool]) -> Path:
+        final = self._place(state)
+        tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors().items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(state, final, best=best)
+            self._write(tensors, {"progress": state.progress.as_dict(), **kind}, final)
             self._link(final)
             flush(self.folder)
             self._prune(final)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{final}: cannot be written ({error}); make room and run again, which goes on from the one before"
-            ) from error
+            wanted = sum(tensor.nbytes for tensor in tensors.values())
+            raise CheckpointError(not_written(final, error, wanted=wanted, mend=_MEND)) from error
         return final
 
-    def _write(self, state: TrainState, final: Path, *, best: bool) -> None:
-        tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors().items()}
-        described = {"progress": state.progress.as_dict(), "fingerprint": self.fingerprint, "best": best}
+    def _write(self, tensors: dict[str, Tensor], described: dict[str, Any], final: Path) -> None:
+        described = {**described, "fingerprint": self.fingerprint}
         with written_whole(final) as beside:
             save_file(tensors, beside / _TENSORS)
             described["sha256"] = _sha256(beside / _TENSORS, described)
@@ -85,7 +98,7 @@ class Checkpoints:
 
     def newest_good(self, step: int) -> tuple[Path, int] | None:
         """The newest whole checkpoint of at most so many steps whose last step did not fail, and its step."""
-        for path in sorted(self.folder.glob("step-*"), reverse=True):
+        for path in reversed(self._regular()):
             if _step(path) <= step and not _failed(path) and self._is_whole(path):
                 return path, _step(path)
         return None
@@ -137,17 +150,21 @@ class Checkpoints:
         """Checkpoints after the newest were damaged, or steps failed: the run went back behind them and is making them
         again. Those made while steps fail are kept besides, so that there is one from before to go back to.
         """
-        present = sorted(self.folder.glob("step-*"))
-        good = [path for path in present if path < newest and not _failed(path)]
-        num_earlier = self.keep_last if _failed(newest) else self.keep_last - 1
+        good = [path for path in self._regular() if path < newest and not _failed(path)]
+        counts = newest in self._regular() and not _failed(newest)
+        num_earlier = self.keep_last - 1 if counts else self.keep_last
         kept = {newest, *good[max(0, len(good) - num_earlier) :], self.best()}
-        for path in present:
+        for path in self.folder.glob("step-*"):
             if path not in kept:
                 shutil.rmtree(path)
 
+    def _regular(self) -> list[Path]:
+        """Those that a run which is never stopped has as well, in order."""
+        return [path for path in sorted(self.folder.glob("step-*")) if not _described(path).get("between")]
+
     def oldest_step(self) -> int:
-        """The step of the oldest checkpoint that is kept, 0 where there is none."""
-        return min(map(_step, self.folder.glob("step-*")), default=0)
+        """The step of the oldest checkpoint that is kept by the settings, 0 where there is none."""
+        return min(map(_step, self._regular()), default=0)
 
     def clear(self) -> None:
         """Forgets every checkpoint, for a run that starts from the beginning."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev, variance
 
-from luthier.training.callbacks import Metrics, read_metrics
+from luthier.training.callbacks import Metrics, complete, read_metrics
 from luthier.training.spikes import is_spike
 
 __all__ = ["Diagnosis", "is_flat", "learns_by_heart", "rises", "swings"]
@@ -101,9 +101,10 @@ class Diagnosis:
         self.trained: list[float] = []
         self.since = 0  # losses at the last evaluation
         self.told: set[str] = set()
-        for line in read_metrics(self.path) if step else []:
-            if line["step"] <= step:
-                self.told |= self._found(line).keys()
+        with complete(self.path):
+            for line in read_metrics(self.path) if step else []:
+                if line["step"] <= step:
+                    self.told |= self._found(line).keys()
 
     def on_metrics(self, metrics: Metrics) -> None:
         """Looks at the numbers of a step or an evaluation."""

@@ -8,109 +8,63 @@ No number is read from the device before the optimizer's step is on its way.
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from luthier.adapters.base import Adapter, Step
 from luthier.adapters.inject import after_step, before_step, penalty
-from luthier.data.batches import Plan, TokenBatch, cut
-from luthier.data.sequences import Item
+from luthier.data.batches import TokenBatch, cut
 from luthier.errors import TrainingError
 from luthier.models.score import evaluating
-from luthier.objectives.loss import Loss
 from luthier.recipe.precision import DynamicScaling
-from luthier.recipe.training import Training
-from luthier.training.callbacks import Callback, Metrics
-from luthier.training.checkpoints import Checkpoints
+from luthier.training.callbacks import Metrics
 from luthier.training.float8 import begin_step, end_step
 from luthier.training.loss_scaling import backward, can_fall, next_scale, unscale
 from luthier.training.memory import memory_bytes
 from luthier.training.optimizers import step_if_finite
 from luthier.training.recovery import MOST_FAILED, go_back_before_failure
-from luthier.training.room import Room
+from luthier.training.run import Objective, Run
 from luthier.training.schedules import learning_rate_at
 from luthier.training.spikes import remembered, spike_bound
-from luthier.training.state import TrainState
+from luthier.training.stopping import Stopped
 from luthier.training.totals import add_up, read
 
-__all__ = ["Guard", "Measure", "Objective", "Preparation", "Run", "evaluate_loss", "fit", "step_gradients"]
+__all__ = ["evaluate_loss", "fit", "step_gradients", "train_step"]
 
 logger = logging.getLogger(__name__)
-
-Objective = Callable[[nn.Module, TokenBatch], Loss]
-Preparation = Callable[[nn.Module, Sequence[TokenBatch]], list[TokenBatch]]
-"""What an objective needs of all micro-batches of a step before the first of them, such as a baseline."""
-Measure = Callable[[nn.Module, Sequence[TokenBatch]], dict[str, float]]
-Guard = Callable[[dict[str, float]], str | None]
-
-
-@dataclass
-class Run:
-    """All that one training is made of. eval_items: what is evaluated on; empty for none.
-
-    micro_batch_tokens: the bound on a micro-batch, in the beginning.
-
-    prepare: gives a step's micro-batches, or those of an evaluation, what the objective wants of all of them. measure:
-    what an evaluation tells besides the objective's metrics. evaluation: what stands for an evaluation on batches,
-    "loss" among it, the lower the better. guard: of what an evaluation or a step told, why the training has to end.
-    """
-
-    state: TrainState
-    plan: Plan
-    objective: Objective
-    settings: Training
-    micro_batch_tokens: int | None
-    checkpoints: Checkpoints | None = None
-    eval_items: Sequence[Item] = ()
-    callbacks: Sequence[Callback] = ()
-    adapters: Sequence[Adapter] = ()
-    prepare: Preparation | None = None
-    measure: Measure | None = None
-    evaluation: Callable[[], dict[str, float]] | None = None
-    guard: Guard | None = None
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether there is anything to evaluate on."""
-        return bool(self.eval_items) or self.evaluation is not None
-
-    @property
-    def room(self) -> Room:
-        """How large a micro-batch may be by now."""
-        return Room(self.settings, self.micro_batch_tokens, lambda: self.state.progress)
-
-    def cut(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of a step, counted from 0."""
-        return cut(self.plan.step(step), self.room.tokens, packing=self.settings.packing)
-
-    def prepared(self, batches: Sequence[TokenBatch]) -> Sequence[TokenBatch]:
-        """The micro-batches with what the objective wants."""
-        return batches if self.prepare is None else self.prepare(self.state.network, batches)
 
 
 def fit(run: Run) -> Metrics:
     """Trains from where the state is to the end of the plan. Returns the metrics of the last step.
 
     Where the gradient is not finite for several steps in a row, or the weights are not, the run goes back to the last
-    good checkpoint and leaves these steps out. Raises TrainingError where that cannot be done or does not help.
+    good checkpoint and leaves these steps out. Raises TrainingError where that cannot be done or does not help, and
+    Stopped where `run.stop` was asked.
     """
-    metrics: Metrics = {}
     try:
-        _begin(run)
-        while run.state.progress.step < run.plan.num_steps and not run.state.progress.early_stopped:
-            metrics = _next_step(run) or metrics
-            if trouble := _trouble(run):
-                _start_again(run, trouble)
-            else:
-                _evaluate_and_save(run)
-        if run.state.progress.stopped_by:
-            _go_back(run)
+        with run.stop.held():
+            return _all_steps(run)
     finally:
         for callback in run.callbacks:
             callback.on_end()
+
+
+def _all_steps(run: Run) -> Metrics:
+    metrics: Metrics = {}
+    _begin(run)
+    if run.state.progress.unevaluated:
+        _evaluate_and_save(run)
+    while run.state.progress.step < run.plan.num_steps and not run.state.progress.early_stopped:
+        metrics = _next_step(run) or metrics
+        if trouble := _trouble(run):
+            _start_again(run, trouble)
+        else:
+            _evaluate_and_save(run)
+    if run.state.progress.stopped_by:
+        _go_back(run)
     return metrics
 
 
@@ -119,6 +73,8 @@ def _begin(run: Run) -> None:
     progress = run.state.progress
     for callback in run.callbacks:
         callback.on_start(progress.step, run.plan.num_steps)
+    if run.energy:
+        run.energy.spent()  # what went before is no step's
     if run.evaluates and progress.step == 0:
         progress.best_loss, progress.stale_evaluations = None, 0  # a run may come back to its start
         best = _evaluate(run)
@@ -156,6 +112,21 @@ def _start_again(run: Run, trouble: str) -> None:
     _begin(run)
 
 
+@contextmanager
+def _weights_rest(run: Run) -> Iterator[None]:
+    """For the time of the context no weight changes, so the run may end at once, with a checkpoint. Where it is stopped
+    while the weights are in another form for sampling, there is none.
+    """
+    before = run.state.marks()
+    try:
+        with run.stop.interruptible():
+            yield
+    except Stopped:
+        if run.checkpoints and run.state.progress.step and run.state.marks() == before:
+            run.checkpoints.save_between(run.state)
+        raise
+
+
 def train_step(run: Run) -> Metrics:
     """One optimizer step; counts itself in the state's progress."""
     started, progress, num_steps = time.perf_counter(), run.state.progress, run.plan.num_steps
@@ -172,7 +143,7 @@ def train_step(run: Run) -> Metrics:
     _count_or_skip(run, numbers["grad_norm"], step, left_out=bool(numbers["skipped"]))
     if run.settings.max_grad_spike is None:
         del numbers["skipped"]  # a gradient that is not finite says so itself
-    run.state.drop_gradients()  # not before: adapters may look at gradients after a step
+    run.state.optimizer.zero_grad(set_to_none=True)  # not before: adapters may look at gradients after a step
     progress.step += 1
     progress.tokens += num_tokens
     seconds = time.perf_counter() - started
@@ -197,8 +168,9 @@ def _in_room(run: Run, scale: float) -> tuple[dict[str, Tensor], int]:
     def work() -> tuple[dict[str, Tensor], int]:
         run.state.drop_gradients()
         begin_step(run.state.network)
+        with _weights_rest(run):
+            micro_batches = run.cut(index)
         torch.manual_seed(_mixed(run.settings.seed, index))  # dropout's draws belong to the step
-        micro_batches = run.cut(index)
         measured = _add_gradients(run.state.network, run.prepared(micro_batches), run.objective, scale)
         return measured, sum(batch.num_tokens for batch in micro_batches)
 
@@ -310,7 +282,9 @@ def _evaluated(network: nn.Module, batches: Sequence[TokenBatch], objective: Obj
 
 
 def _evaluate_and_save(run: Run) -> None:
-    best = _evaluates_now(run) and _evaluate(run)
+    progress = run.state.progress
+    progress.unevaluated = _evaluates_now(run)
+    best = progress.unevaluated and _evaluate(run)
     if run.checkpoints and (best or _saves_now(run)):
         run.checkpoints.save(run.state, best=best)
 
@@ -341,9 +315,9 @@ def _evaluate(run: Run) -> bool:
     one that a guard refuses.
     """
     started, progress = time.perf_counter(), run.state.progress
-    with evaluating(run.state.network):
+    with _weights_rest(run), evaluating(run.state.network):
         measured = _evaluated_run(run)
-    loss = measured["loss"]
+    loss, progress.unevaluated = measured["loss"], False
     _ask_guard(run, measured)
     best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss) and not progress.stopped_by
     progress.best_loss = loss if best else progress.best_loss
@@ -386,8 +360,9 @@ def _due(run: Run, interval: int | str | None) -> bool:
 
 
 def _tell(run: Run, metrics: Metrics) -> None:
+    told = metrics | (run.energy.spent() if run.energy else {})
     for callback in run.callbacks:
-        callback.on_metrics(metrics)
+        callback.on_metrics(told)
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -27,7 +27,7 @@ class Progress:
     the training. loss_scale, good_steps: the next step's `LossScale`, once there was a step. micro_batch_tokens: the
     bound on a micro-batch, once memory has run out. spikes: steps left out for one. norms: what `remembered` keeps,
     where spikes are looked for. left_out: steps, counted from 0 and rising, that the run went back before and leaves
-    out.
+    out. unevaluated: the step's evaluation is still to come.
     """
 
     step: int = 0
@@ -43,6 +43,7 @@ class Progress:
     spikes: int = 0
     norms: list[float] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
+    unevaluated: bool = False
 
     def loss_scale_by(self, settings: LossScaling | None) -> LossScale:
         """By what the next step's loss is multiplied."""
@@ -102,6 +103,10 @@ class TrainState:
         of_steps = ("parameter/", "optimizer/")  # what a window saw of a step that failed is forgotten by itself
         kept = [tensor for name, tensor in self.tensors().items() if name.startswith(of_steps)]
         return all(bool(tensor.isfinite().all()) for tensor in kept if tensor.is_floating_point())
+
+    def marks(self) -> dict[str, tuple[int, int]]:
+        """Where each trained parameter lies, and how often it was written into: of equal marks nothing has changed."""
+        return {name: (parameter.data_ptr(), parameter._version) for name, parameter in self.trained().items()}
 
     def _adapters_own(self) -> dict[str, Tensor]:
         """What adapters keep from step to step besides parameters."""
