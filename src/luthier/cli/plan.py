@@ -89,6 +89,11 @@ def _show(plan: MemoryPlan, change: Change | None, settings: Training, as_json: 
         f"micro-batches of up to {plan.micro_batch_tokens:,} tokens; the largest of this data has "
         f"{plan.largest_tokens:,}"
     )
+    if plan.offloaded_bytes:
+        console.print(
+            f"offload_optimizer: {settings.offload_optimizer} takes {plan.offloaded_bytes / 1e9:.1f} GB, of "
+            f"{plan.offloaded_room_bytes / 1e9:.1f} GB that are free there"
+        )
     if plan.fits:
         console.print(f"[green]fits[/]: {plan.available_bytes / 1e9:.1f} GB are there")
     else:

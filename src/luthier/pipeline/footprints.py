@@ -91,6 +91,7 @@ def _extrapolated(word: str, settings: Training, model_name: str, batch: TokenBa
 
 
 def _short(word: str, settings: Training, model_name: str, batch: TokenBatch, layers: int) -> PassBytes:
+    settings = settings.model_copy(update={"parameter_groups": {}})  # whose patterns may name layers that are left out
     short = Outlined(word, settings, model_name, layers=layers)
     short.state.hold_all()
     return pass_bytes(short.state, batch, short.objective, offloaded=settings.offload_activations)

@@ -24,11 +24,13 @@ from luthier.pipeline.prepare import prepare_data
 from luthier.pipeline.prompts import answered
 from luthier.pipeline.rollout_memory import rollout_bytes
 from luthier.recipe import LoRA
+from luthier.recipe.optimizers import Adam8bit, AdamW
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.preference import RewardModel, WithReference
 from luthier.recipe.training import Training
 from luthier.training.footprint import Footprint
 from luthier.training.memory import available_bytes, resident_bytes, resident_in_files
+from luthier.training.offload_state import beside_model, room_in
 
 __all__ = [
     "FIRST_MICRO_BATCH_TOKENS",
@@ -56,7 +58,7 @@ HOLES_ON_GPU = 0.05
 class MemoryPlan:
     """micro_batch_tokens: the bound on a micro-batch. largest_tokens: of the largest that the data gives.
     parts: bytes of each part while a step runs. loading_bytes: the peak before the first step. available_bytes: what
-    the device has for it.
+    the device has for it. offloaded_bytes, offloaded_room_bytes: the same for what `offload_optimizer` puts elsewhere.
     """
 
     micro_batch_tokens: int
@@ -64,6 +66,8 @@ class MemoryPlan:
     parts: dict[str, int]
     loading_bytes: int
     available_bytes: int
+    offloaded_bytes: int = 0
+    offloaded_room_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -73,10 +77,13 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """Whether that is there."""
-        return self.peak_bytes <= self.available_bytes
+        return self.peak_bytes <= self.available_bytes and self.offloaded_bytes <= self.offloaded_room_bytes
 
     def sentence(self, change: "Change | None") -> str:
         """What is wanted, what there is, and how to mend it."""
+        if self.offloaded_bytes > self.offloaded_room_bytes:
+            room = f"{self.offloaded_room_bytes / 1e9:.1f} GB are free there"
+            return f"offload_optimizer takes {self.offloaded_bytes / 1e9:.1f} GB and {room}; set optimizer: adam8bit"
         mend = f"set {change.words} ({change.plan.peak_bytes / 1e9:.1f} GB)" if change else "take a smaller model"
         return (
             f"the stage takes {self.peak_bytes / 1e9:.1f} GB and {self.available_bytes / 1e9:.1f} GB are there; {mend}"
@@ -148,6 +155,7 @@ class Planner:
         batch = largest_micro_batch(settings, self.prepared, tokens)
         outlined, footprint = footprint_of(self.word, settings, self.model_name, batch)
         model, dense = outlined.model, outlined.dense_bytes
+        footprint, offloaded = beside_model(footprint, settings.offload_optimizer, self.machine.device)
         process, on_cpu = self.machine.process_bytes, self.machine.device.type == "cpu"
         mapped = sum(file.stat().st_size for file in model.source.folder.glob("*.safetensors"))
         also_mapped = mapped if on_cpu and settings.dtype != "fp32" else 0
@@ -166,6 +174,8 @@ class Planner:
             + footprint.weights * bool(settings.quantize_base)
             + max(also_mapped, _reference_bytes(settings)),
             available_bytes=self.machine.available_bytes,
+            offloaded_bytes=offloaded,
+            offloaded_room_bytes=room_in(settings.offload_optimizer, Path(settings.output)) if offloaded else 0,
         )
 
     def _rollout_bytes(self, settings: Training, model: Model, footprint: Footprint) -> int:
@@ -254,11 +264,13 @@ def _candidates(settings: Training, smallest_tokens: int) -> Iterator[tuple[str,
     if settings.adapter is not None and settings.quantize_base is None and settings.fp8 is None:
         yield "quantize_base: nf4", {"quantize_base": "nf4"}
     yield "gradient_checkpointing: 1", recomputed
+    if settings.adapter is None and isinstance(settings.optimizer, AdamW):
+        yield "optimizer: adam8bit", {"optimizer": Adam8bit(**settings.optimizer.model_dump(exclude={"type"}))}
     dtype = "bf16" if settings.dtype == "fp32" else settings.dtype
     together = {**recomputed, **smallest, "dtype": dtype}
     yield _in_words(together), together
     if settings.adapter is None:
-        together = {**together, "adapter": LoRA(), "freeze": ()}
+        together = {**together, "adapter": LoRA(), "freeze": (), "offload_optimizer": None}
         yield f"adapter: {{type: lora}}, {_in_words(recomputed)}, dtype: {dtype}", together
 
 

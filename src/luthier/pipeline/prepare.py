@@ -31,6 +31,7 @@ from luthier.recipe.adapters import AnyAdapter
 from luthier.recipe.policy import PPO, OnPolicy
 from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import OnChats, Training
+from luthier.training.offload_state import keep_in
 from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
 from luthier.training.state import Progress, TrainState
@@ -138,7 +139,7 @@ def adapt(
 def fresh_state(settings: Training, model: Model, *, outline: bool = False) -> TrainState:
     """Where training starts. A model that is trained itself in a narrow type starts from its weights as stored.
 
-    outline: the model has no weights, and none are read.
+    outline: the model has no weights, none are read, and all lies beside it.
     """
     stored: dict[str, Tensor] = {}
     if settings.adapter is None and settings.dtype != "fp32" and not outline:
@@ -146,5 +147,8 @@ def fresh_state(settings: Training, model: Model, *, outline: bool = False) -> T
         if isinstance(settings, RewardModel):
             wide = with_head(wide, seed=settings.seed)
         stored = dict(wide.network.named_parameters())
-    precision = Precision(float32_masters(model.network, stored))
-    return TrainState(model.network, make_optimizer(model.network, settings, precision), Progress(), precision)
+    keep = None if outline else keep_in(settings.offload_optimizer, Path(settings.output), model.device)
+    elsewhere = keep is not None and model.device.type != "cpu"
+    precision = Precision(float32_masters(model.network, stored, keep=keep, every=elsewhere))
+    optimizer = make_optimizer(model.network, settings, precision, keep=keep)
+    return TrainState(model.network, optimizer, Progress(), precision)

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field, model_validator
 
-from luthier.recipe.adapters import AdapterSettings, LoRA
+from luthier.recipe.adapters import AdaLoRA, AdapterSettings, LoRA
 from luthier.recipe.guards import Forgetting, Watch
+from luthier.recipe.optimizers import AdamW, NamedGroup, OptimizerSettings, ScheduleFree
 from luthier.recipe.precision import FP8, DynamicScaling, LossScaling
 from luthier.recipe.problems import Problem, Problems
 from luthier.recipe.settings import Count, Names, Settings, Share, Word
@@ -23,9 +24,9 @@ DType = Literal["bf16", "fp16", "fp32"]
 Format = Literal["alpaca", "messages", "prompt_completion", "question_answer", "sharegpt", "text"]
 Interval = Count | Literal["epoch"] | None
 OnError = Literal["skip", "stop"]
+Schedule = Literal["constant", "cosine", "linear", "wsd"]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
-_Beta = Annotated[float, Ge(0), Lt(1)]
 _Positive = Annotated[float, Gt(0)]
 _ShareOfTokens = Annotated[float, Gt(0), Lt(1)]
 
@@ -35,9 +36,15 @@ def usual_rate(*, adapter: float, full: float) -> Callable[[dict[str, Any]], flo
 
     def usual(fields: dict[str, Any]) -> float:
         chosen = fields.get("adapter", LoRA())
-        return full if chosen is None else adapter * float(chosen.rate_ratio)
+        rate = full if chosen is None else adapter * float(chosen.rate_ratio)
+        divisor = fields.get("optimizer", AdamW()).rate_divisor
+        return float(f"{rate / divisor:.12g}")  # 4e-06 and not 4.000000000000001e-06
 
     return usual
+
+
+def _usual_schedule(fields: dict[str, Any]) -> Schedule:
+    return "constant" if isinstance(fields.get("optimizer"), ScheduleFree) else "cosine"
 
 
 def _evaluation_interval(fields: dict[str, Any]) -> Interval:
@@ -107,11 +114,15 @@ class Training(Settings):
     train_on: Word = "assistant"
     """Which tokens are learned."""
 
+    optimizer: OptimizerSettings = AdamW()
+    """What makes steps of gradients; lion's learning rate is by default a fifth of the others'."""
+
     learning_rate: _Positive = Field(default_factory=usual_rate(adapter=2e-4, full=2e-5))
     """The highest learning rate; by default 2e-4 with LoRA, more with adapters that are smaller, 2e-5 without."""
 
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    """How the learning rate goes on after warming up; wsd stays and then decays (Hu et al. 2024, MiniCPM)."""
+    schedule: Schedule = Field(default_factory=_usual_schedule)
+    """How the learning rate goes on after warming up; wsd stays and then decays (Hu et al. 2024, MiniCPM). By default
+    cosine, and constant with the optimizer schedule_free."""
 
     warmup_ratio: Share = 0.03
     """The share of the steps in which the learning rate rises from zero."""
@@ -121,28 +132,19 @@ class Training(Settings):
     )
     """The share of the steps, at the end, in which the wsd schedule lets the learning rate fall; 0.1 by default."""
 
-    optimizer: Literal["adam8bit", "adamw"] = "adamw"
-    """adamw, or adam8bit: AdamW whose moments take one byte each and not four (Dettmers et al. 2022)."""
-
-    stable_embedding: bool | None = Field(
-        default_factory=lambda fields: True if fields.get("optimizer") == "adam8bit" else None
-    )
-    """Whether adam8bit keeps the moments of embeddings, whose gradients vary most, in four bytes; yes by default."""
-
     layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
     """Each layer learns with so many times the rate of the next, embeddings as a layer before the first; 1: alike."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """AdamW's decay of weights a step, times the learning rate; norms, biases and embeddings are spared."""
+    """The decay of weights a step, times the learning rate; norms, biases and embeddings are spared."""
 
-    adam_beta1: _Beta = 0.9
-    """How much of AdamW's mean of gradients is kept a step."""
+    parameter_groups: dict[Word, NamedGroup] = Field(default={})
+    """What is otherwise for parameters by patterns of names, of which the first that fits counts: `"*.lora_B":
+    {rate_ratio: 4}`. A number is the ratio."""
 
-    adam_beta2: _Beta = 0.999
-    """How much of AdamW's mean of squared gradients is kept a step."""
-
-    adam_epsilon: _Positive = 1e-8
-    """What AdamW adds to the divisor."""
+    offload_optimizer: Literal["disk", "memory"] | None = None
+    """Where the masters and moments of a model that is trained itself lie: memory for that of the host, disk for a file
+    in `output`, none beside the model."""
 
     max_grad_norm: _Positive | None = 1.0
     """Gradients with a greater norm are scaled down to it; none leaves them."""
@@ -298,10 +300,13 @@ def _base_problems(settings: Training) -> Iterator[Problem]:
 
 
 def _optimizer_problems(settings: Training) -> Iterator[Problem]:
-    if settings.optimizer == "adam8bit" and settings.stable_embedding is None:
-        yield Problem(("stable_embedding",), "adam8bit needs yes or no; leave it out for yes")
-    if settings.optimizer != "adam8bit" and settings.stable_embedding is not None:
-        yield Problem(("stable_embedding",), "adamw keeps all in four bytes; drop it or choose optimizer: adam8bit")
+    averages = isinstance(settings.optimizer, ScheduleFree)
+    if averages and settings.schedule != "constant":
+        yield Problem(("schedule",), "schedule_free averages in place of one; leave it out, or choose optimizer: adamw")
+    if averages and isinstance(settings.adapter, AdaLoRA):
+        yield Problem(("optimizer",), "schedule_free would bring back the ranks that adalora takes out; choose adamw")
+    if settings.offload_optimizer and settings.adapter is not None:
+        yield Problem(("offload_optimizer",), "an adapter's moments are small; drop it or set adapter: none")
 
 
 def _schedule_problems(settings: Training) -> Iterator[Problem]:

@@ -6,19 +6,19 @@ PyTorch's fused AdamW. Codes are those of bitsandbytes' CPU library (0.50) to th
 of zero becomes a small positive one, and a weight without any gradient drifts; here, as on its GPU, zero stays zero.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.optim.adamw import adamw
 
 from luthier.quant.dynamic import GRID, SMALLEST, dynamic_map, in_blocks
 from luthier.quant.parts import weights_at_once
+from luthier.training.rules import Group, Member, Rule, State, fused_adamw
 
-__all__ = ["BLOCK", "SMALLEST_NARROW", "Adam8bit", "dequantize", "quantize"]
+__all__ = ["ADAM8BIT", "BLOCK", "SMALLEST_NARROW", "adam8bit", "dequantize", "quantize"]
 
 BLOCK = 2048  # values that share a scale; Dettmers et al. 2022, section 2
 SMALLEST_NARROW = 4096  # elements of the smallest parameter whose moments are narrow
@@ -45,79 +45,37 @@ def dequantize(codes: Tensor, absmax: Tensor, *, signed: bool, block: int = BLOC
     return in_blocks(wide, block).mul_(absmax[:, None]).flatten()[: codes.numel()]
 
 
-class Adam8bit(torch.optim.Optimizer):
+def adam8bit(block: int = BLOCK) -> Rule:
     """m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2        Dettmers et al. 2022, section 2
-    w <- (1 - rate * decay) w - rate / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+    w <- (1 - rate * decay) w - rate / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + epsilon)
 
     m and v are kept as `quantize` has them. A group with `wide` keeps them in float32, as do parameters of fewer than
-    4,096 elements. `found_inf`, if set, is one where the step is to be left out: parameters, moments and the count of
-    steps then stay as they are, without the program waiting for the device. Parameters are float32.
+    4,096 elements. Parameters are float32.
     """
+    return Rule(partial(_start, block=block), partial(_step, block=block))
 
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]] | Iterable[nn.Parameter],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        block: int = BLOCK,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "wide": False}
-        super().__init__(params, defaults)
-        self.block = block
-        self.found_inf: Tensor | None = None
 
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """One step of every parameter that has a gradient."""
-        for group in self.param_groups:
-            members = [p for p in group["params"] if p.grad is not None]
-            for parameter in members:
-                if not self.state[parameter]:
-                    self.state[parameter].update(_start(parameter, self.block, wide=group["wide"]))
-            wide = [p for p in members if "exp_avg" in self.state[p]]
-            if wide:
-                self._step_wide(wide, group)
-            for parameter in members:
-                if "exp_avg" not in self.state[parameter]:
-                    self._step_narrow(parameter, group)
+def _step(members: Sequence[Member], group: Group, left_out: Tensor, *, block: int) -> None:
+    wide = [member for member in members if "exp_avg" in member.state]
+    if wide:
+        fused_adamw(wide, group, left_out)
+    for member in members:
+        if "exp_avg" not in member.state:
+            _step_narrow(member, group, left_out, block)
 
-    def _step_wide(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in parameters]
-        adamw(
-            list[Tensor](parameters),
-            [p.grad for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            found_inf=self.found_inf,
-            amsgrad=False,
-            maximize=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-        )
 
-    def _step_narrow(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        left_out = torch.zeros_like(state["step"]) if self.found_inf is None else self.found_inf.to(parameter.device)
-        state["step"] += 1 - left_out
-        flat = parameter.detach().contiguous().view(-1)
-        num_blocks = max(1, weights_at_once(parameter.device) // self.block)
-        values = [t.split(num_blocks * self.block) for t in (flat, parameter.grad.reshape(-1))]
-        moments = [_parts(state, name, num_blocks, self.block) for name in ("exp_avg", "exp_avg_sq")]
-        step = _Step.of(group, state["step"], left_out.bool(), self.block)
-        for weight, gradient, mean, square in zip(*values, *moments, strict=True):
-            step.take(weight, gradient, mean, square)
-        if not parameter.is_contiguous():
-            parameter.copy_(flat.view_as(parameter))
+def _step_narrow(member: Member, group: Group, left_out: Tensor, block: int) -> None:
+    weight, gradient, state = member
+    state["step"] += ~left_out
+    flat = weight.detach().contiguous().view(-1)
+    num_blocks = max(1, weights_at_once(weight.device) // block)
+    values = [t.split(num_blocks * block) for t in (flat, gradient.reshape(-1))]
+    moments = [_parts(state, name, num_blocks, block) for name in ("exp_avg", "exp_avg_sq")]
+    step = _Step.of(group, state["step"], left_out, block)
+    for part in zip(*values, *moments, strict=True):
+        step.take(*part)
+    if not weight.is_contiguous():
+        weight.copy_(flat.view_as(weight))
 
 
 class _Moment(NamedTuple):
@@ -132,11 +90,11 @@ class _Moment(NamedTuple):
             torch.where(left_out, old, new, out=old)
 
 
-def _start(parameter: nn.Parameter, block: int, *, wide: bool) -> dict[str, Tensor]:
+def _start(parameter: Tensor, group: Group, *, block: int) -> State:
     """Moments of zero, and no step taken."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        if wide or parameter.numel() < SMALLEST_NARROW:
+        if group["wide"] or parameter.numel() < SMALLEST_NARROW:
             state[name] = torch.zeros_like(parameter)
         else:
             zero, num_blocks = _map(signed, parameter).zero, -(-parameter.numel() // block)
@@ -145,7 +103,7 @@ def _start(parameter: nn.Parameter, block: int, *, wide: bool) -> dict[str, Tens
     return state
 
 
-def _parts(state: dict[str, Tensor], name: str, num_blocks: int, block: int) -> Iterator[_Moment]:
+def _parts(state: State, name: str, num_blocks: int, block: int) -> Iterator[_Moment]:
     """Of a moment, so many blocks at a time."""
     codes, absmax = state[f"{name}_codes"].split(num_blocks * block), state[f"{name}_absmax"].split(num_blocks)
     return (_Moment(*part) for part in zip(codes, absmax, strict=True))
@@ -165,12 +123,12 @@ class _Step(NamedTuple):
     block: int
 
     @classmethod
-    def of(cls, group: dict[str, Any], count: Tensor, left_out: Tensor, block: int) -> "_Step":
+    def of(cls, group: Group, count: Tensor, left_out: Tensor, block: int) -> "_Step":
         """count: of the steps, this one included; a step that is left out may be the first, and is then not used."""
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = group["beta1"], group["beta2"]
         bias1, bias2 = (1 - beta ** count.double().clamp(min=1) for beta in (beta1, beta2))
         kept = 1 - group["lr"] * group["weight_decay"]
-        return cls((beta1, beta2), group["eps"], kept, -group["lr"] / bias1, bias2.sqrt(), left_out, block)
+        return cls((beta1, beta2), group["epsilon"], kept, -group["lr"] / bias1, bias2.sqrt(), left_out, block)
 
     def take(self, weight: Tensor, gradient: Tensor, mean: _Moment, square: _Moment) -> None:
         """Updates a part of a parameter and its moments; weight and gradient: [values]."""
@@ -217,3 +175,6 @@ def _map(signed: bool, beside: Tensor) -> _Map:
             zero,
         )
     return _map_on(signed, beside.device)
+
+
+ADAM8BIT = adam8bit()

@@ -41,7 +41,8 @@ class Checkpoints:
         self.folder, self.keep_last, self.fingerprint = folder, keep_last, fingerprint
 
     def save(self, state: TrainState, *, best: bool = False) -> Path:
-        """Writes the state of a step; returns the checkpoint's folder. An existing one of the same step is replaced.
+        """Writes the state of a step, with the weights that are to be evaluated; returns the checkpoint's folder. An
+        existing one of the same step is replaced.
 
         Raises CheckpointError where there is no room for it; those before it stay as they are.
         """
@@ -59,6 +60,7 @@ class Checkpoints:
 
     def _saved(self, state: TrainState, kind: dict[str, bool]) -> Path:
         final = self._place(state)
+        state.eval()
         tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors().items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

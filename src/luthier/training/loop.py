@@ -65,6 +65,7 @@ def _all_steps(run: Run) -> Metrics:
             _evaluate_and_save(run)
     if run.state.progress.stopped_by:
         _go_back(run)
+    run.state.eval()
     return metrics
 
 
@@ -130,6 +131,7 @@ def _weights_rest(run: Run) -> Iterator[None]:
 def train_step(run: Run) -> Metrics:
     """One optimizer step; counts itself in the state's progress."""
     started, progress, num_steps = time.perf_counter(), run.state.progress, run.plan.num_steps
+    run.state.train()
     step = Step(progress.step, num_steps, run.settings.seed)
     before_step(run.adapters, step)
     scale = progress.loss_scale_by(run.settings.loss_scaling).scale
@@ -315,6 +317,7 @@ def _evaluate(run: Run) -> bool:
     one that a guard refuses.
     """
     started, progress = time.perf_counter(), run.state.progress
+    run.state.eval()
     with _weights_rest(run), evaluating(run.state.network):
         measured = _evaluated_run(run)
     loss, progress.unevaluated = measured["loss"], False

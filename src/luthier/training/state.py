@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from luthier.models.float8 import float8_layers
 from luthier.recipe.precision import LossScaling
 from luthier.training.loss_scaling import LossScale, first_scale
-from luthier.training.optimizers import step_if_finite
+from luthier.training.optimizers import Optimizer, step_if_finite
 from luthier.training.precision import Precision
 
 __all__ = ["Progress", "TrainState"]
@@ -61,7 +61,7 @@ class TrainState:
     """The network, its optimizer, how far they are, and the precision that the optimizer was made with."""
 
     network: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     progress: Progress
     precision: Precision = field(default_factory=Precision)
 
@@ -82,6 +82,16 @@ class TrainState:
         """Frees the gradients of all that is trained."""
         self.optimizer.zero_grad(set_to_none=True)
         self.network.zero_grad(set_to_none=True)  # of narrow parameters too, where a backward pass was cut short
+
+    def eval(self) -> None:
+        """Before weights are evaluated or saved: those that are meant to be, where the optimizer learns at others."""
+        if self.optimizer.eval():
+            self.precision.write_back()
+
+    def train(self) -> None:
+        """Before a step: the weights that gradients are taken at."""
+        if self.optimizer.train():
+            self.precision.write_back()
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained parameters and the optimizer's state of each, under `parameter/NAME` and `optimizer/KEY/NAME`;
@@ -118,6 +128,7 @@ class TrainState:
     def restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         """The inverse of `tensors`. Raises KeyError for a parameter that is missing."""
         by_name = self.trained()
+        self.optimizer.state.clear()
         for name, parameter in by_name.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             self.optimizer.state.pop(parameter, None)
@@ -128,6 +139,7 @@ class TrainState:
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, slot, name = key.split("/", 2)
-                self.optimizer.state[by_name[name]][slot] = value.to(by_name[name].device, copy=True)
+                value = value.to(by_name[name].device, copy=True)
+                self.optimizer.state[by_name[name]][slot] = self.optimizer.kept(value)
         self.precision.write_back()
         self.progress = progress
