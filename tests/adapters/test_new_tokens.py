@@ -25,7 +25,7 @@ from luthier.errors import AdapterError, RecipeError
 from luthier.models.attention import ATTENTION, register_attention
 from luthier.models.score import score
 from luthier.recipe.adapters import LoRA
-from luthier.training.optimizers import decays
+from luthier.training.groups import decays
 
 ROWS = 97
 IDS = torch.tensor([[1, 97, 5, 98, 97, 7], [2, 3, 96, 98, 98, 4]])

@@ -82,16 +82,44 @@ def test_a_second_stage_goes_on_from_the_masters_of_the_first(chat_model: Path, 
         assert not torch.equal(before[name], base[name])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free", "muon, offload_optimizer: disk"])
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(
-    chat_model: Path, rows: Path, tmp_path: Path, stop_at: Callable[[int], Callback]
+    chat_model: Path, rows: Path, tmp_path: Path, stop_at: Callable[[int], Callback], optimizer: str
 ) -> None:
-    run_recipe(recipe(chat_model, rows, tmp_path / "whole", SFT))
-    stopped = recipe(chat_model, rows, tmp_path / "stopped", SFT)
+    stage = SFT.replace("adapter: none", f"adapter: none, eval_data: ROWS, optimizer: {optimizer}")
+    run_recipe(recipe(chat_model, rows, tmp_path / "whole", stage))
+    stopped = recipe(chat_model, rows, tmp_path / "stopped", stage)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(stopped, listeners=lambda index, stage: [stop_at(3)])
     run_recipe(stopped)
     found = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_what_schedule_free_saves_is_the_average(chat_model: Path, rows: Path, tmp_path: Path, dtype: str) -> None:
+    """x = y + (z - y) (1 - 1 / b1), of which the checkpoint has all three."""
+    stage = SFT.replace("adapter: none", "adapter: none, optimizer: schedule_free")
+    run_recipe(recipe(chat_model, rows, tmp_path / "run", stage, dtype=dtype))
+    kept = load_file(tmp_path / "run" / "00-sft" / "checkpoints" / "last" / "state.safetensors")
+    for name, value in weights(tmp_path / "run" / "model").items():
+        y, z = kept[f"optimizer/y/{name}"], kept[f"optimizer/z/{name}"]
+        assert torch.equal(value, y.lerp(z, 1 - 1 / 0.9)), name
+        assert not torch.equal(value, y), name
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_moments_on_the_disk_give_the_same_bytes_and_leave_no_file(
+    chat_model: Path, rows: Path, tmp_path: Path, dtype: str
+) -> None:
+    for name in ("disk", "memory", "none"):
+        stage = SFT.replace("adapter: none", f"adapter: none, offload_optimizer: {name}")
+        run_recipe(recipe(chat_model, rows, tmp_path / name, stage, dtype=dtype))
+    found = {name: weights(tmp_path / name / "model") for name in ("disk", "memory", "none")}
+    for name, value in found["none"].items():
+        assert torch.equal(value, found["disk"][name]), name
+        assert torch.equal(value, found["memory"][name]), name
+    assert list((tmp_path / "disk").rglob("optimizer-*")) == []
 
 
 def test_loss_and_resume_are_verified_too(chat_model: Path, rows: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The memory plan: made before anything is loaded, kept by the run, and with a way out where it does not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,29 @@ def test_where_a_named_size_does_not_fit_the_cheapest_change_is_named(settings: 
     assert change is not None
     assert change.words.startswith("micro_batch_tokens: ")
     assert change.words in tight.plan(named).sentence(change)
+
+
+def test_moments_in_a_byte_each_are_a_change_that_may_make_it_fit(settings: SFT, tmp_path: Path) -> None:
+    """With the smallest micro-batches and recomputed layers already."""
+    own = {"adapter": None, "dtype": "bf16", "micro_batch_tokens": 64, "gradient_checkpointing": 1}
+    whole = settings.model_copy(update=own)
+    needed = planner(whole, tmp_path).plan(whole).peak_bytes
+    change = planner(whole, tmp_path, needed - 10_000).cheapest_change(whole)
+    assert change is not None
+    assert change.words == "optimizer: adam8bit"
+
+
+def test_moments_on_the_disk_are_no_memory_but_must_find_room(settings: SFT, tmp_path: Path) -> None:
+    whole = settings.model_copy(update={"adapter": None, "dtype": "bf16", "output": str(tmp_path)})
+    planned = planner(whole, tmp_path).plan(whole)
+    on_disk = planner(whole, tmp_path).plan(whole.model_copy(update={"offload_optimizer": "disk"}))
+    moved = planned.parts["masters"] + planned.parts["optimizer"]
+    assert on_disk.offloaded_bytes == moved > 0
+    assert sum(planned.parts.values()) - sum(on_disk.parts.values()) == moved
+    assert on_disk.fits
+    full = replace(on_disk, offloaded_room_bytes=moved - 1)
+    assert not full.fits
+    assert "offload_optimizer takes" in full.sentence(None)
 
 
 def test_nothing_helps_where_the_weights_alone_are_too_large(settings: SFT, tmp_path: Path) -> None:

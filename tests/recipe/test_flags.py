@@ -59,6 +59,7 @@ def test_flags_know_their_words_defaults_and_number() -> None:
         "--forgetting.text",
         "--fp8.skip",
         "--freeze",
+        "--parameter-groups",
         "--report-to",
         "--watch",
         "--watch.prompts",

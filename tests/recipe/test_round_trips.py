@@ -18,6 +18,7 @@ from luthier.recipe import (
     settings_from_flags,
 )
 from luthier.recipe.adapters import AdapterFusion
+from luthier.recipe.optimizers import Adafactor, AdamW, Lion, Muon, ParameterGroup
 from luthier.recipe.training import Training
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
@@ -52,6 +53,8 @@ shared: dict[str, Any] = {
     "epochs": counts,
     "max_steps": st.none() | counts,
     "packing": st.booleans(),
+    "optimizer": st.sampled_from([AdamW(), Adafactor(), Lion()]) | st.builds(Muon, epsilon=rates),
+    "parameter_groups": st.dictionaries(words, st.builds(ParameterGroup, rate_ratio=rates), max_size=2),
     "learning_rate": rates,
     "schedule": st.sampled_from(["constant", "wsd"]),
     "max_grad_norm": st.none() | rates,
@@ -103,7 +106,7 @@ def as_flags(said: Training) -> dict[str, object]:
             value = getattr(value, step, NOT_OF_THIS_TYPE)
         if value is NOT_OF_THIS_TYPE:
             continue
-        if flag.path == ("adapter",) and value is not None:
+        if flag.path in (("adapter",), ("optimizer",)) and value is not None:
             typed[flag.name] = value.type
         elif flag.path[0] != "adapter" or said.adapter is not None or flag.path == ("adapter",):
             typed[flag.name] = as_typed(value)
@@ -112,7 +115,7 @@ def as_flags(said: Training) -> dict[str, object]:
 
 def as_typed(value: object) -> object:
     if isinstance(value, dict):
-        return [f"{name}={entry}" for name, entry in value.items()]
+        return [f"{name}={getattr(entry, 'rate_ratio', entry)}" for name, entry in value.items()]
     if isinstance(value, tuple | list):
         return [str(entry) for entry in value]
     return "none" if value is None else value if isinstance(value, bool) else str(value)

@@ -17,6 +17,8 @@ GOOD = [
     "stages: [{sft: {data: a, adapter: {r: 8, alpha: 3, target_modules: [q_proj]}, columns: {prompt: question}}}]",
     "stages: [{sft: {data: a, eval_fraction: 0.1, forgetting: general.txt, watch: [Hi, 'Who are you?']}}]",
     "stages: [{sft: {data: a, eval_data: b, forgetting: {questions: q, num_questions: 9}, watch: {prompts: Hi}}}]",
+    "stages: [{sft: {data: a, optimizer: muon, parameter_groups: {'*.lora_B': 4, '*': {weight_decay: 0}}}}]",
+    "stages: [{sft: {data: a, adapter: none, optimizer: {type: lion, beta1: 0.8}, offload_optimizer: disk}}]",
     "{model: m, output: o, seed: 1, stages: [{pretrain: {data: a, mix: {b: 0.3}}}, {sft: {data: a, save_every: 9}}]}",
 ]
 BAD = [
@@ -30,6 +32,9 @@ BAD = [
     "stages: [{sft: {data: a, adapter: dorra}}]",
     "stages: [{sft: {data: a, adapter: {r: x}}}]",
     "stages: [{sft: {data: a, model: b}}]",
+    "stages: [{sft: {data: a, optimizer: moun}}]",
+    "stages: [{sft: {data: a, optimizer: {type: lion, momentum: 0.9}}}]",
+    "stages: [{sft: {data: a, parameter_groups: {'*': x}}}]",
     "stages: [{pretrain: {data: a, mix: {b: 2}}}]",
     "stages: [{sft: {data: a, eval_fraction: 0.1, forgetting: 3}}]",
     "stages: [{sft: {data: a, eval_fraction: 0.1, forgetting: {txt: a}}}]",

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from luthier.quant.dynamic import dynamic_map
 from luthier.training import adam8bit
-from luthier.training.adam8bit import Adam8bit, dequantize, quantize
+from luthier.training.adam8bit import BLOCK, dequantize, quantize
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import train_step
-from luthier.training.optimizers import step_if_finite
+from luthier.training.optimizers import Optimizer, step_if_finite
 from luthier.training.run import Run
 
 RunOf = Callable[..., Run]
@@ -26,6 +26,12 @@ RunOf = Callable[..., Run]
 def theirs() -> Any:
     reason = "bitsandbytes 0.50 is not installed: its numbers cannot be compared with"
     return pytest.importorskip("bitsandbytes", minversion="0.50", reason=reason)
+
+
+def optimizer_of(*parameters: nn.Parameter, block: int = BLOCK, wide: bool = False, **given: float) -> Optimizer:
+    """adam8bit over one group, with AdamW's usual numbers."""
+    numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0} | given
+    return Optimizer([{"params": parameters, "rule": adam8bit.adam8bit(block), "wide": wide, **numbers}])
 
 
 def gradients(num: int, shape: tuple[int, ...] = (300, 100)) -> list[Tensor]:
@@ -91,7 +97,7 @@ def test_what_is_stored_is_within_the_maps_gap(exponents: list[float], signed: b
 def test_steps_are_bitsandbytes_to_the_bit(theirs: Any, weight_decay: float) -> None:
     """With its blocks of 256. Codes, scales and weights, over twenty steps."""
     ours, other = a_parameter(), a_parameter()
-    optimizer = Adam8bit([ours], lr=1e-3, weight_decay=weight_decay, block=256)
+    optimizer = optimizer_of(ours, lr=1e-3, weight_decay=weight_decay, block=256)
     expected = theirs.optim.AdamW8bit([other], lr=1e-3, weight_decay=weight_decay)
     for gradient in gradients(20):
         take(optimizer, ours, gradient)
@@ -107,7 +113,7 @@ def test_steps_are_bitsandbytes_to_the_bit(theirs: Any, weight_decay: float) -> 
 def test_a_step_from_stored_moments_is_adams_in_float64() -> None:
     """Of blocks of 2048; 1e-6 of the rate's size: float32."""
     parameter, (first, second) = a_parameter(), gradients(2)
-    optimizer = Adam8bit([parameter], lr=0.01, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+    optimizer = optimizer_of(parameter, beta2=0.99, epsilon=1e-6, weight_decay=0.1)
     take(optimizer, parameter, first)
     before, state = parameter.detach().double(), {k: v.clone() for k, v in optimizer.state[parameter].items()}
     take(optimizer, parameter, second)
@@ -122,7 +128,7 @@ def test_a_step_from_stored_moments_is_adams_in_float64() -> None:
 
 def test_the_state_is_a_quarter_of_adamws() -> None:
     parameters = [a_parameter((512, 512)), a_parameter((2048, 300))]
-    narrow, wide = Adam8bit(parameters, lr=1e-3), torch.optim.AdamW(parameters, fused=True)
+    narrow, wide = optimizer_of(*parameters), torch.optim.AdamW(parameters, fused=True)
     for optimizer in (narrow, wide):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
@@ -132,12 +138,12 @@ def test_the_state_is_a_quarter_of_adamws() -> None:
 
 def test_small_parameters_and_wide_groups_are_adamw() -> None:
     small, large = a_parameter((4095,)), a_parameter((4096,))
-    narrow = Adam8bit([{"params": [small]}, {"params": [large], "wide": True}], lr=1e-3, weight_decay=0.1)
+    narrow, kept_wide = optimizer_of(small, weight_decay=0.1), optimizer_of(large, weight_decay=0.1, wide=True)
     same = [a_parameter((4095,)), a_parameter((4096,))]
-    wide = torch.optim.AdamW(same, lr=1e-3, weight_decay=0.1, fused=True)
+    wide = torch.optim.AdamW(same, lr=1e-2, weight_decay=0.1, fused=True)
     for ours, other in zip((small, large), same, strict=True):
         ours.grad = other.grad = ours.detach().sin()
-    for optimizer in (narrow, wide):
+    for optimizer in (narrow, kept_wide, wide):
         for _ in range(3):
             optimizer.step()
     assert torch.equal(small, same[0])
@@ -148,7 +154,7 @@ def test_small_parameters_and_wide_groups_are_adamw() -> None:
 @pytest.mark.parametrize("shape", [(300, 100), (10,)])
 def test_a_gradient_that_is_not_finite_changes_nothing(shape: tuple[int, ...], bad: float) -> None:
     parameter, (first, second) = a_parameter(shape), gradients(2, shape)
-    optimizer = Adam8bit([parameter], lr=1e-2)
+    optimizer = optimizer_of(parameter)
     second.view(-1)[3] = bad
     take(optimizer, parameter, first)
     kept, state = parameter.detach().clone(), {k: v.clone() for k, v in optimizer.state[parameter].items()}
@@ -161,7 +167,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(shape: tuple[int, ...], b
 
 def test_a_first_step_that_is_left_out_is_as_if_it_had_not_been() -> None:
     ours, other, (gradient,) = a_parameter(), a_parameter(), gradients(1)
-    optimizer, expected = Adam8bit([ours], lr=1e-2), Adam8bit([other], lr=1e-2)
+    optimizer, expected = optimizer_of(ours), optimizer_of(other)
     take(optimizer, ours, gradient * torch.nan)
     take(optimizer, ours, gradient)
     take(expected, other, gradient)
@@ -171,7 +177,7 @@ def test_a_first_step_that_is_left_out_is_as_if_it_had_not_been() -> None:
 def test_weights_without_any_gradient_stay() -> None:
     """Though their neighbours in the block move."""
     parameter, before = a_parameter(), a_parameter()
-    optimizer = Adam8bit([parameter], lr=1e-2)
+    optimizer = optimizer_of(parameter)
     for gradient in gradients(5):
         gradient[::2] = 0
         take(optimizer, parameter, gradient)
@@ -181,7 +187,7 @@ def test_weights_without_any_gradient_stay() -> None:
 
 def test_a_step_in_parts_is_the_step_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, other = a_parameter(), a_parameter()
-    optimizer, expected = Adam8bit([ours], lr=1e-2), Adam8bit([other], lr=1e-2)
+    optimizer, expected = optimizer_of(ours), optimizer_of(other)
     for gradient in gradients(3):
         take(expected, other, gradient)
     monkeypatch.setattr(adam8bit, "weights_at_once", lambda device: 4096)
@@ -194,7 +200,7 @@ def test_a_transposed_parameter_learns_as_the_one_it_transposes() -> None:
     plain, turned = a_parameter((64, 64)), nn.Parameter(a_parameter((64, 64)).detach().t().contiguous().t())
     assert not turned.is_contiguous()
     for parameter in (plain, turned):
-        optimizer = Adam8bit([parameter], lr=1e-2)
+        optimizer = optimizer_of(parameter)
         for gradient in gradients(2, (64, 64)):
             take(optimizer, parameter, gradient)
     assert torch.equal(plain, turned)
@@ -203,11 +209,11 @@ def test_a_transposed_parameter_learns_as_the_one_it_transposes() -> None:
 def test_a_plan_counts_what_a_step_stores() -> None:
     """On tensors without values the same state, in number and size."""
     real = a_parameter()
-    optimizer = Adam8bit([real], lr=1e-3)
+    optimizer = optimizer_of(real)
     take(optimizer, real, gradients(1)[0])
     with FakeTensorMode():
         outline = nn.Parameter(torch.empty(300, 100))
-        planned = Adam8bit([outline], lr=1e-3)
+        planned = optimizer_of(outline)
         outline.grad = torch.zeros_like(outline)
         step_if_finite(planned, torch.ones(()))
     assert state_bytes(planned) == state_bytes(optimizer)
@@ -248,7 +254,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_bit(
     run_of: RunOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stable_embedding: bool
 ) -> None:
     monkeypatch.setattr(adam8bit, "SMALLEST_NARROW", 256)
-    chosen = {"optimizer": "adam8bit", "stable_embedding": stable_embedding}
+    chosen = {"optimizer": {"type": "adam8bit", "stable_embedding": stable_embedding}}
     whole, checkpoints = run_whole(run_of, **chosen), Checkpoints(tmp_path, keep_last=1, fingerprint="one")
     for step in range(6):
         train_step(whole)

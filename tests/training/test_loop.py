@@ -163,7 +163,7 @@ def test_the_same_settings_give_the_same_run_and_another_seed_another(run_of: Ru
 @pytest.mark.parametrize("bound", [1e-3, None])
 def test_gradients_are_clipped_to_the_norm_that_is_set(run_of: RunOf, bound: float | None) -> None:
     """After one step AdamW's mean of gradients is (1 - beta1) times the clipped gradient."""
-    run = run_of(max_grad_norm=bound, adam_beta1=0.5)
+    run = run_of(max_grad_norm=bound, optimizer={"beta1": 0.5})
     grad_norm = train_step(run)["grad_norm"]
     means = [value for name, value in run.state.tensors().items() if name.startswith("optimizer/exp_avg/")]
     clipped = float(torch.cat([m.flatten() for m in means]).norm()) / 0.5
@@ -244,7 +244,7 @@ def test_a_step_moves_parameters_by_their_multiple_of_the_scheduled_rate(run_of:
         adapter.settings = adapter.settings.model_copy(update={"lr_ratio_b": 16.0})
         nn.init.normal_(adapter.lora_B)
     before = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
-    run = run_of(network=network, learning_rate=1e-3, schedule="constant", adam_epsilon=1e-30)
+    run = run_of(network=network, learning_rate=1e-3, schedule="constant", optimizer={"epsilon": 1e-30})
     train_step(run)
     for name, parameter in run.state.trained().items():
         rate = 1e-3 * (16 if name.endswith("lora_B") else 1)

@@ -1,173 +1,203 @@
-"""Weight decay reaches matrices and spares norms, biases and embeddings; the step is AdamW's."""
+"""What holds for every optimizer: nothing of a step that is left out, exact resume, groups, plans, and learning."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.adapters.inject import adapter_parameters, inject
-from luthier.errors import TrainingError
-from luthier.recipe.adapters import IA3, AnyAdapter, BitFit, Bottleneck, DoRA, LoRA, Prompt, VeRA
-from luthier.recipe.training import Training
-from luthier.training.optimizers import decays, make_optimizer, step_if_finite
+from luthier.data.batches import TokenBatch, collate
+from luthier.data.sequences import TokenSequence
+from luthier.models.attention import ATTENTION, register_attention
+from luthier.objectives.loss import Loss
+from luthier.recipe.optimizers import OptimizerSettings
+from luthier.recipe.settings import type_names
+from luthier.training import adam8bit
+from luthier.training.checkpoints import Checkpoints
+from luthier.training.loop import Run, evaluate_loss, fit, train_step
+from luthier.training.optimizers import OPTIMIZERS, step_if_finite
+
+RunOf = Callable[..., Run]
+RowsOf = Callable[..., list[TokenSequence]]
+every_optimizer = pytest.mark.parametrize("word", OPTIMIZERS)
 
 
-def network(*, tied: bool = False, num_layers: int = 1) -> LlamaForCausalLM:
+@pytest.fixture(autouse=True)
+def _codes_in_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam8bit, "SMALLEST_NARROW", 256)
+
+
+def network(*, narrow: bool = True) -> nn.Module:
+    register_attention()
     torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": num_layers}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied))
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": ATTENTION}
+    made = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).train()
+    return made.bfloat16() if narrow else made
 
 
-def settings(**given: object) -> Training:
-    return Training.model_validate(
-        {"data": "rows", "adapter": None, "learning_rate": 1e-3, "weight_decay": 0.1} | given
+def run_whole(run_of: RunOf, word: str, *, narrow: bool = True, **given: object) -> Run:
+    """Of a model that is trained itself, with a rate that its optimizer learns well with."""
+    settings = {"optimizer": word, "learning_rate": 1e-3 if word == "lion" else 5e-3, "adapter": None} | given
+    return run_of(network=network(narrow=narrow), **settings)
+
+
+def tensors(run: Run) -> dict[str, Tensor]:
+    """Of the run's state, and its network's own parameters."""
+    own = {f"network/{name}": p.detach() for name, p in run.state.network.named_parameters()}
+    return {name: value.clone() for name, value in (run.state.tensors() | own).items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name, value in found.items() if not torch.equal(value, expected[name])] == []
+
+
+def test_recipes_and_rules_know_the_same_words() -> None:
+    assert OPTIMIZERS.keys() == set(type_names(OptimizerSettings))
+
+
+@every_optimizer
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_not_finite_leaves_weights_moments_and_counts(run_of: RunOf, word: str, first: bool) -> None:
+    """Also where it would have been the first: the next is then as if it had not been."""
+    run, other = run_whole(run_of, word), run_whole(run_of, word)
+    if not first:
+        train_step(run)
+        train_step(other)
+    before, sound = tensors(run), run.objective
+
+    def broken(network: nn.Module, batch: TokenBatch) -> Loss:
+        loss = sound(network, batch)
+        return Loss(loss.per_unit * torch.inf, unit=loss.unit)
+
+    run.objective = broken
+    train_step(run)
+    if not first:
+        assert_same(tensors(run), before)
+    run.objective, run.state.progress = sound, deepcopy(other.state.progress)
+    train_step(run)
+    train_step(other)
+    assert_same(tensors(run), tensors(other))
+
+
+@every_optimizer
+def test_a_resumed_run_ends_as_the_one_that_was_not_stopped(run_of: RunOf, tmp_path: Path, word: str) -> None:
+    """And as one that neither saves nor evaluates in between."""
+
+    def run(**given: object) -> Run:
+        return run_whole(run_of, word, parameter_groups={"*.q_proj.*": 2}, layer_decay=0.9, **given)
+
+    checkpoints = Checkpoints(tmp_path, keep_last=9, fingerprint="one")
+    whole, plain = run(checkpoints=checkpoints, save_every=2), run(save_every=None)
+    for one in (whole, plain):
+        fit(one)
+    resumed = run()
+    checkpoints.load(tmp_path / "step-00000002", resumed.state)
+    for _ in range(resumed.plan.num_steps - 2):
+        train_step(resumed)
+    resumed.state.eval()
+    assert_same(tensors(resumed), tensors(whole))
+    assert_same(tensors(plain), tensors(whole))
+
+
+@every_optimizer
+@pytest.mark.parametrize("narrow", [True, False], ids=["bf16", "fp32"])
+def test_a_run_lowers_the_loss(run_of: RunOf, rows_of: RowsOf, word: str, narrow: bool) -> None:
+    """By a tenth, on the rows that it saw."""
+    run = run_whole(run_of, word, narrow=narrow, epochs=8)
+    batches = [collate(rows_of(20))]
+    before = evaluate_loss(run.state.network, batches, run.objective)
+    fit(run)
+    assert evaluate_loss(run.state.network, batches, run.objective) < 0.9 * before
+
+
+@every_optimizer
+def test_a_weight_without_gradient_decays_by_its_groups_rate(run_of: RunOf, word: str) -> None:
+    """(1 - rate * ratio * decay) of it stays; 2e-7 of it for rounding."""
+    named = {"*.q_proj.*": {"rate_ratio": 3.0}, "*.k_proj.*": {"weight_decay": 0.0}}
+    run = run_whole(run_of, word, narrow=False, weight_decay=0.5, layer_decay=0.5, parameter_groups=named)
+    before = {name: p.detach().clone() for name, p in run.state.network.named_parameters()}
+    for parameter in run.state.network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for group in run.state.optimizer.param_groups:
+        group["lr"] = 0.01 * group["rate_ratio"]
+    step_if_finite(run.state.optimizer, torch.ones(()))
+    for name, parameter in run.state.network.named_parameters():
+        layer, ratio = 0.5 if ".layers.0." in name else 1.0, 3.0 if "q_proj" in name else 1.0
+        spared = any(part in name for part in ("norm", "embed", "k_proj"))
+        kept = 1.0 if spared else 1 - 0.01 * layer * ratio * 0.5
+        torch.testing.assert_close(parameter.detach(), before[name] * kept, rtol=2e-7, atol=0)
+
+
+@every_optimizer
+def test_a_step_leaves_the_gradients(run_of: RunOf, word: str) -> None:
+    """Which some adapters look at afterwards."""
+    run = run_whole(run_of, word, narrow=False, weight_decay=0.1)
+    gradients = {p: torch.full_like(p, 0.1) for p in run.state.network.parameters()}
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient.clone()
+    step_if_finite(run.state.optimizer, torch.ones(()))
+    assert all(torch.equal(p.grad, gradient) for p, gradient in gradients.items())
+
+
+@every_optimizer
+def test_a_plan_counts_what_a_step_stores(run_of: RunOf, word: str) -> None:
+    """On tensors without values the same state, in names and sizes."""
+    sizes = []
+    for mode in (FakeTensorMode(), nullcontext()):
+        with mode:
+            run = run_whole(run_of, word, narrow=False)
+            for parameter in run.state.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            step_if_finite(run.state.optimizer, torch.ones(()))
+            sizes.append({name: value.nbytes for name, value in run.state.tensors().items()})
+    assert len(sizes[0]) > 40
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["bf16", "fp32"])
+def test_averages_are_evaluated_saved_and_left_and_never_trained_at(
+    run_of: RunOf, rows_of: RowsOf, tmp_path: Path, narrow: bool
+) -> None:
+    """x = y + (z - y) (1 - 1 / b1) of schedule_free."""
+    items, told = rows_of(8, seed=7), []
+
+    class Listen:
+        def on_start(self, step: int, num_steps: int) -> None: ...
+
+        def on_metrics(self, metrics: dict[str, float]) -> None:
+            told.append(metrics)
+
+        def on_end(self) -> None: ...
+
+    checkpoints = Checkpoints(tmp_path, keep_last=9, fingerprint="one")
+    evaluated = {"eval_items": items, "eval_every": 1, "eval_data": "held_out.jsonl", "callbacks": [Listen()]}
+    run = run_whole(run_of, "schedule_free", narrow=narrow, checkpoints=checkpoints, **evaluated)
+    fit(run)
+    state = run.state.optimizer.state
+    for name, master in run.state.trained().items():
+        y, z = state[master]["y"], state[master]["z"]
+        assert torch.equal(master, y.lerp(z, 1 - 1 / 0.9)), name
+        assert torch.equal(run.state.network.get_parameter(name), master.to(run.state.network.dtype))
+    assert any(not torch.equal(values["y"], p) for p, values in state.items())
+    assert told[-1]["eval_loss"] == pytest.approx(
+        evaluate_loss(run.state.network, [collate(items)], run.objective), rel=1e-6
     )
+    kept = {name: values["y"].clone() for name, p in run.state.trained().items() if (values := state[p])}
+    run.state.train()
+    assert all(torch.equal(p, kept[name]) for name, p in run.state.trained().items())
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_norms_biases_and_embeddings_are_spared(tied: bool) -> None:
-    """An output layer of its own decays; one that is the embedding does not."""
-    decaying = {name for name, decay in decays(network(tied=tied)).items() if decay}
-    projections = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
-    expected = {f"model.layers.0.{name}.weight" for name in projections}
-    assert decaying == (expected if tied else expected | {"lm_head.weight"})
-
-
-def test_a_norm_is_known_by_its_class_even_with_a_matrix() -> None:
-    class GroupedRMSNorm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(2, 4))
-
-    assert decays(nn.ModuleDict({"n": GroupedRMSNorm(), "l": nn.Linear(2, 2)})) == {
-        "n.weight": False,
-        "l.weight": True,
-        "l.bias": False,
-    }
-
-
-def test_adapters_that_stand_for_embeddings_or_norms_or_factors_are_spared() -> None:
-    for kind in (IA3(), Prompt(), BitFit(), VeRA(r=4), LoRA(r=4, modules_to_save=("embed_tokens", "model.norm"))):
-        model = network().requires_grad_(False)
-        inject(model, kind, seed=0)
-        decaying = {name for name, decay in decays(model).items() if decay}
-        assert all(".lora_" in name for name in decaying), kind.type
-        assert bool(decaying) == (kind.type == "lora")
-
-
-def test_only_what_is_trained_is_optimized_each_once() -> None:
-    model = network().requires_grad_(False)
-    inject(model, LoRA(r=4), seed=0)
-    groups = make_optimizer(model, settings()).param_groups
-    found = [id(p) for group in groups for p in group["params"]]
-    assert sorted(found) == sorted(id(p) for p in adapter_parameters(model).values())
-
-
-def test_the_groups_carry_the_settings() -> None:
-    chosen = settings(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
-    groups = make_optimizer(network(), chosen).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    assert {(group["lr"], group["betas"], group["eps"]) for group in groups} == {(1e-3, (0.8, 0.95), 1e-6)}
-
-
-def test_parameters_learn_at_the_multiple_of_the_rate_that_their_adapter_asks_for() -> None:
-    """LoRA+'s ratio reaches B alone, DoRA's the magnitudes alone; the schedule multiplies what each group has."""
-    model = network().requires_grad_(False)
-    inject(model, DoRA(r=4, lr_ratio_b=16, lr_ratio_magnitude=0.5), seed=0)
-    ratio_of = {
-        id(p): group["rate_ratio"] for group in make_optimizer(model, settings()).param_groups for p in group["params"]
-    }
-    expected = {"lora_A": 1.0, "lora_B": 16.0, "magnitude": 0.5}
-    for name, parameter in adapter_parameters(model).items():
-        assert ratio_of[id(parameter)] == expected[name.rpartition(".")[2]], name
-
-
-def test_a_step_is_adamws() -> None:
-    """The first step moves each weight by the rate against its gradient's sign, after rate * decay of itself."""
-    linear = nn.Linear(3, 2)
-    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
-    optimizer = make_optimizer(linear, settings(learning_rate=0.01))
-    signs = {name: torch.randn(p.shape).sign() for name, p in linear.named_parameters()}
-    for name, parameter in linear.named_parameters():
-        parameter.grad = signs[name] * 0.3
-    optimizer.step()
-    for name, parameter in linear.named_parameters():
-        kept = 1 - 0.01 * 0.1 if name == "weight" else 1.0
-        torch.testing.assert_close(parameter, nn.Parameter(before[name] * kept - 0.01 * signs[name]), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("stable", [True, False])
-def test_embeddings_keep_wide_moments_where_that_is_asked_for(stable: bool) -> None:
-    """An output layer of its own is no embedding."""
-    model = network()
-    optimizer = make_optimizer(model, settings(optimizer="adam8bit", stable_embedding=stable))
-    wide = [id(p) for group in optimizer.param_groups if group["wide"] for p in group["params"]]
-    assert wide == ([id(model.get_input_embeddings().weight)] if stable else [])
-
-
-def test_adam8bit_has_the_groups_of_adamw() -> None:
-    """Rates and decays of every parameter; only embeddings are set apart besides."""
-    model = network().requires_grad_(False)
-    inject(model, DoRA(r=4, lr_ratio_b=16, modules_to_save=("embed_tokens",)), seed=0)
-    found = [
-        {
-            id(p): (group["lr"], group["rate_ratio"], group["weight_decay"], group["betas"], group["eps"])
-            for group in make_optimizer(model, settings(optimizer=name)).param_groups
-            for p in group["params"]
-        }
-        for name in ("adamw", "adam8bit")
-    ]
-    assert found[0] == found[1]
-    groups = make_optimizer(model, settings(optimizer="adam8bit")).param_groups
-    assert [len(group["params"]) for group in groups if group["wide"]] == [1]
-
-
-def test_a_step_of_nothing_finite_leaves_adam8bit_as_it_is() -> None:
-    linear = nn.Linear(64, 64)
-    optimizer, before = make_optimizer(linear, settings(optimizer="adam8bit")), linear.weight.detach().clone()
-    for parameter in linear.parameters():
-        parameter.grad = torch.full_like(parameter, torch.nan)
-    step_if_finite(optimizer, torch.tensor(torch.nan))
-    assert torch.equal(linear.weight, before)
-    assert [float(values["step"]) for values in optimizer.state.values()] == [0.0, 0.0]
-
-
-def ratios(model: nn.Module, **given: object) -> dict[str, float]:
-    groups = make_optimizer(model, settings(**given)).param_groups
-    ratio_of = {id(p): group["rate_ratio"] for group in groups for p in group["params"]}
-    return {name: ratio_of[id(p)] for name, p in model.named_parameters() if id(p) in ratio_of}
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
-def test_each_layer_learns_with_a_share_of_the_next_ones_rate(optimizer: str) -> None:
-    """rate * decay^(L - i); embeddings are layer 0, what follows the last layer learns as it does."""
-    found = ratios(network(num_layers=3), layer_decay=0.5, optimizer=optimizer)
-    expected = {"model.embed_tokens": 0.125, "model.layers.0": 0.25, "model.layers.1": 0.5, "model.layers.2": 1.0}
-    for name, ratio in found.items():
-        layer = next((key for key in expected if name.startswith(f"{key}.")), None)
-        assert ratio == (expected[layer] if layer else 1.0), name
-    assert {"model.norm.weight", "lm_head.weight"} < found.keys()
-
-
-def test_a_tied_output_layer_learns_as_the_embedding_that_it_is() -> None:
-    assert ratios(network(tied=True, num_layers=2), layer_decay=0.5)["model.embed_tokens.weight"] == 0.25
-
-
-@pytest.mark.parametrize(
-    "kind", [LoRA(r=4, lr_ratio_b=16), Bottleneck(), Prompt()], ids=["lora", "bottleneck", "prompt"]
-)
-def test_a_layers_adapters_learn_at_its_rate_times_their_own_ratio(kind: AnyAdapter) -> None:
-    """Those on no layer learn at the full rate."""
-    model = network(num_layers=2).requires_grad_(False)
-    inject(model, kind, seed=0)
-    plain, decayed = ratios(model), ratios(model, layer_decay=0.5)
-    for name, ratio in plain.items():
-        share = 0.5 if ".layers.0." in name else 1.0
-        assert decayed[name] == ratio * share, name
-    assert (plain == decayed) == (kind.type == "prompt")
-
-
-def test_what_has_no_layers_has_no_layer_decay() -> None:
-    with pytest.raises(TrainingError, match="layer_decay: Linear has no numbered layers"):
-        make_optimizer(nn.Linear(2, 2), settings(layer_decay=0.9))
+def test_a_checkpoint_from_before_the_first_step_leaves_no_moments(run_of: RunOf, tmp_path: Path) -> None:
+    run = run_whole(run_of, "schedule_free")
+    checkpoints = Checkpoints(tmp_path, keep_last=9, fingerprint="one")
+    first, before = checkpoints.save(run.state), tensors(run)
+    train_step(run)
+    checkpoints.load(first, run.state)
+    assert_same(tensors(run), before)
