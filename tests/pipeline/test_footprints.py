@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nf4": ("llama", "sft", {"quantize_base": "nf4"}),
     "windows": ("gemma", "sft", {}),
     "some frozen": ("llama", "sft", {"adapter": None, "freeze": ["*.layers.0.*"]}),
+    "muon, the last layer apart": ("llama", "sft", {"optimizer": "muon", "parameter_groups": {"*.layers.7.*": 2}}),
     "dpo": ("llama", "dpo", {}),
 }
 
