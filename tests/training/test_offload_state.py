@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.errors import TrainingError
+from luthier.errors import RecipeError, TrainingError
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.footprint import Footprint
 from luthier.training.loop import Run, fit, train_step
@@ -103,12 +103,9 @@ def test_where_there_is_no_room_for_a_file_it_is_said(tmp_path: Path) -> None:
         in_file(torch.ones(4096), folder=tmp_path / "taken")
 
 
-def test_in_the_hosts_memory_on_a_cpu_changes_nothing_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    assert keep_in("memory", tmp_path, CPU) is None
-    assert "memory changes nothing" in caplog.text
+def test_in_the_hosts_memory_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="offload_optimizer: on a CPU all is in the machine's memory already"):
+        keep_in("memory", tmp_path, CPU)
     assert keep_in(None, tmp_path, GPU) is None
     assert keep_in("memory", tmp_path, GPU) is not None
 

@@ -6,22 +6,28 @@ as large as the one that it is made from. Rollouts and logs are small beside the
 
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from luthier.files import existing, in_words
+from luthier.recipe.optimizers import ScheduleFree
 from luthier.recipe.training import Training
+from luthier.training.footprint import Footprint
 
-__all__ = ["checkpoint_bytes", "free_bytes", "model_bytes", "warn_of_little_room"]
+__all__ = ["checkpoint_bytes", "free_bytes", "model_bytes", "state_bytes", "warn_of_little_room"]
 
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_bytes(settings: Training, parts: Mapping[str, int]) -> int:
-    """Of all checkpoints that there are at the same time: the newest, the best, and one that is being written. parts:
-    of the memory plan.
+def state_bytes(settings: Training, footprint: Footprint) -> int:
+    """Of a checkpoint: what is trained, which is as large as its gradients, and what the optimizer keeps of it; where
+    it averages weights, these besides.
     """
-    one = parts["gradients"] + parts["optimizer"]  # what is trained is as large as its gradients
+    averages = footprint.gradients if isinstance(settings.optimizer, ScheduleFree) else 0
+    return footprint.gradients + footprint.optimizer + averages
+
+
+def checkpoint_bytes(settings: Training, one: int) -> int:
+    """Of all checkpoints that there are at the same time: the newest, the best, and one that is being written."""
     return (settings.keep_last + 2) * one
 
 
@@ -35,12 +41,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing(folder)).free
 
 
-def warn_of_little_room(settings: Training, parts: Mapping[str, int], base: Path, folder: Path) -> None:
+def warn_of_little_room(settings: Training, one: int, base: Path, folder: Path) -> None:
     """Says what a stage in `folder` will write, on a model in `base`, where less is free. What is there already of its
-    checkpoints counts as written.
+    checkpoints counts as written. one: the bytes of a checkpoint.
     """
     there = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*"))
-    checkpoints, model = checkpoint_bytes(settings, parts), model_bytes(base)
+    checkpoints, model = checkpoint_bytes(settings, one), model_bytes(base)
     needed, free = max(0, checkpoints - there) + model, free_bytes(folder)
     if needed > free:
         logger.warning(

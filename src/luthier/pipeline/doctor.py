@@ -143,7 +143,7 @@ def check_recipe(path: Path) -> list[Finding]:
             continue
         fits = f"{name}: takes {plan.peak_bytes / 1e9:.1f} GB of {plan.available_bytes / 1e9:.1f}"
         found.append(Finding("good", fits) if plan.fits else Finding("problem", f"{name}: {plan.sentence(change)}"))
-        written += checkpoint_bytes(stage.settings, plan.parts)
+        written += checkpoint_bytes(stage.settings, plan.state_bytes)
     return [*found, *_disk(recipe, written)]
 
 

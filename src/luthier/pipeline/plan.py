@@ -19,6 +19,7 @@ from luthier.data.batches import StepPlan, TokenBatch, cut, pieces
 from luthier.data.prepare import Prepared
 from luthier.data.sequences import Item, sequences_of
 from luthier.models.load import Model, default_device, outline
+from luthier.pipeline.disk import state_bytes
 from luthier.pipeline.footprints import footprint_of
 from luthier.pipeline.prepare import prepare_data
 from luthier.pipeline.prompts import answered
@@ -59,6 +60,7 @@ class MemoryPlan:
     """micro_batch_tokens: the bound on a micro-batch. largest_tokens: of the largest that the data gives.
     parts: bytes of each part while a step runs. loading_bytes: the peak before the first step. available_bytes: what
     the device has for it. offloaded_bytes, offloaded_room_bytes: the same for what `offload_optimizer` puts elsewhere.
+    state_bytes: of a checkpoint.
     """
 
     micro_batch_tokens: int
@@ -66,6 +68,7 @@ class MemoryPlan:
     parts: dict[str, int]
     loading_bytes: int
     available_bytes: int
+    state_bytes: int
     offloaded_bytes: int = 0
     offloaded_room_bytes: int = 0
 
@@ -155,6 +158,7 @@ class Planner:
         batch = largest_micro_batch(settings, self.prepared, tokens)
         outlined, footprint = footprint_of(self.word, settings, self.model_name, batch)
         model, dense = outlined.model, outlined.dense_bytes
+        written = state_bytes(settings, footprint)
         footprint, offloaded = beside_model(footprint, settings.offload_optimizer, self.machine.device)
         process, on_cpu = self.machine.process_bytes, self.machine.device.type == "cpu"
         mapped = sum(file.stat().st_size for file in model.source.folder.glob("*.safetensors"))
@@ -174,6 +178,7 @@ class Planner:
             + footprint.weights * bool(settings.quantize_base)
             + max(also_mapped, _reference_bytes(settings)),
             available_bytes=self.machine.available_bytes,
+            state_bytes=written,
             offloaded_bytes=offloaded,
             offloaded_room_bytes=room_in(settings.offload_optimizer, Path(settings.output)) if offloaded else 0,
         )

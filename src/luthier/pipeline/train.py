@@ -121,7 +121,7 @@ def train(
     for line in (str(prepared.counts), *prepared.audit.lines()):
         logger.info("%s", line)
     tokens = _micro_batch_tokens(word, settings, model, prepared, folder)
-    warn_of_little_room(settings, kept_plan(folder / PLAN)["parts"], model.source.folder, folder)
+    warn_of_little_room(settings, kept_plan(folder / PLAN)["state_bytes"], model.source.folder, folder)
     adapters = prepare_network(settings, model)
     try:
         if to_be_merged:

@@ -5,7 +5,6 @@ them and the step runs there. On the disk they are files that the step reads and
 them what there is room for. A file loses its name as soon as it is mapped, so nothing is left behind after a kill.
 """
 
-import logging
 import shutil
 import tempfile
 from dataclasses import replace
@@ -16,14 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from luthier.errors import TrainingError
+from luthier.errors import RecipeError, TrainingError
+from luthier.files import existing
 from luthier.training.footprint import Footprint
 from luthier.training.memory import available_bytes, release_freed_memory
 from luthier.training.precision import Keep
 
 __all__ = ["Place", "beside_model", "in_file", "keep_in", "room_in"]
-
-logger = logging.getLogger(__name__)
 
 Place = Literal["disk", "memory"] | None
 
@@ -33,13 +31,12 @@ _SMALLEST_IN_FILE = 4096  # elements; a file for less than a few pages saves not
 def keep_in(place: Place, folder: Path, device: torch.device) -> Keep | None:
     """How masters and moments of a network on the device get to their place; None for where they are made anyway.
 
-    folder: of the files, which is made if need be.
+    folder: of the files, which is made if need be. Raises RecipeError for a place that is no other.
     """
     if place == "disk":
         return partial(in_file, folder=folder)
     if place == "memory" and device.type == "cpu":
-        logger.info("offload_optimizer: the model is in the host's memory itself, so memory changes nothing")
-        return None
+        raise RecipeError("offload_optimizer: on a CPU all is in the machine's memory already; choose disk, or drop it")
     return _in_memory if place == "memory" else None
 
 
@@ -87,6 +84,5 @@ def beside_model(footprint: Footprint, place: Place, device: torch.device) -> tu
 def room_in(place: Place, folder: Path) -> int:
     """Bytes that masters and moments may take there. folder: need not be there yet."""
     if place == "disk":
-        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-        return shutil.disk_usage(there).free
+        return shutil.disk_usage(existing(folder)).free
     return available_bytes(torch.device("cpu"))
