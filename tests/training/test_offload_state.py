@@ -12,10 +12,11 @@ from torch import Tensor
 from luthier.errors import RecipeError, TrainingError
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.footprint import Footprint
-from luthier.training.loop import Run, fit, train_step
+from luthier.training.loop import fit, train_step
 from luthier.training.offload_state import beside_model, in_file, keep_in, room_in
 from luthier.training.optimizers import OPTIMIZERS, make_optimizer
 from luthier.training.precision import Keep, Precision, float32_masters
+from luthier.training.run import Run
 from luthier.training.state import Progress, TrainState
 
 RunOf = Callable[..., Run]

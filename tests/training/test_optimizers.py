@@ -19,8 +19,9 @@ from luthier.recipe.optimizers import OptimizerSettings
 from luthier.recipe.settings import type_names
 from luthier.training import adam8bit
 from luthier.training.checkpoints import Checkpoints
-from luthier.training.loop import Run, evaluate_loss, fit, train_step
+from luthier.training.loop import evaluate_loss, fit, train_step
 from luthier.training.optimizers import OPTIMIZERS, step_if_finite
+from luthier.training.run import Run
 
 RunOf = Callable[..., Run]
 RowsOf = Callable[..., list[TokenSequence]]

@@ -128,7 +128,6 @@ class TrainState:
     def restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         """The inverse of `tensors`. Raises KeyError for a parameter that is missing."""
         by_name = self.trained()
-        self.optimizer.state.clear()
         for name, parameter in by_name.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             self.optimizer.state.pop(parameter, None)
