@@ -12,6 +12,7 @@ from luthier.cli.plan import command
 from luthier.models.load import load
 from luthier.pipeline.plan import Machine, Planner, largest_micro_batch, plan_stage
 from luthier.pipeline.prepare import prepare_data
+from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.pipeline.train import train
 from luthier.recipe.training import SFT
 
@@ -101,9 +102,9 @@ def test_the_largest_micro_batch_is_the_largest_of_the_epoch(settings: SFT, tmp_
 def test_a_run_writes_its_plan_and_goes_on_with_the_micro_batches_it_began_with(settings: SFT, tmp_path: Path) -> None:
     train("sft", settings, load(settings.model), tmp_path / "run")
     path = tmp_path / "run" / "plan.json"
-    planned = json.loads(path.read_text())
+    planned = read_sealed(path, mend="")
     assert planned["peak_bytes"] >= sum(planned["parts"].values())
-    path.write_text(json.dumps(planned | {"micro_batch_tokens": 64}))
+    write_sealed(path, planned | {"micro_batch_tokens": 64})
     train("sft", settings, load(settings.model), tmp_path / "run")
     assert json.loads(path.read_text())["micro_batch_tokens"] == 64
 
