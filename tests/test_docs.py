@@ -20,7 +20,7 @@ from luthier.recipe.document import parse_recipe
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-QUICK = "README.md", "rewards.md", "training.md"  # documents whose commands do not wait for the longer proofs
+QUICK = "README.md", "rewards.md"  # documents whose commands do not wait for the longer proofs
 SETS_UP = "make", "pip"  # commands that set up an environment of their own, which is not done while testing
 
 

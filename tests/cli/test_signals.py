@@ -71,6 +71,7 @@ def test_a_signal_ends_a_run_after_its_step_in_one_sentence(
     assert saved == steps_of(stage / "metrics.jsonl") >= 2
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_that_waits_for_a_judge(
     place: Path, speaker: Path, started: Start, serve: Callable[..., Any], answer: Any
 ) -> None:

@@ -83,9 +83,8 @@ def test_a_resumed_stage_is_the_whole_stage_and_the_division_is_the_loops(
     assert verify_loss(made, num_sequences=4).largest_difference < 1e-12
 
 
-@pytest.mark.parametrize(
-    "live", ["cache_reference: true", pytest.param("cache_reference: false", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("live", ["cache_reference: true", "cache_reference: false"])
+@pytest.mark.slow
 def test_preferences_are_learned_as_in_bf16(chat_model: Path, pairs: Path, tmp_path: Path, live: str) -> None:
     ends = {}
     for fp8 in ("delayed", "none"):

@@ -61,13 +61,22 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+QUICK = ("lora", "full", "selective", "dpo")
+
+
 def of_adapter(name: str) -> Any:
     return pytest.param("llama", "sft", {"adapter": {"type": name}}, id=name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("architecture", "word", "more"),
-    [*(pytest.param(*case, id=name) for name, case in CASES.items()), *map(of_adapter, ADAPTER_SETTINGS)],
+    [
+        *(
+            pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+            for name, case in CASES.items()
+        ),
+        *map(of_adapter, ADAPTER_SETTINGS),
+    ],
 )
 def test_a_few_layers_give_the_bytes_of_all(
     deep_model: dict[str, str], tmp_path: Path, architecture: str, word: str, more: dict[str, Any]

@@ -54,6 +54,7 @@ def can_mount(place: Path) -> bool:
     return subprocess.run([*as_root, "sh", "-c", mount], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_finds_no_room_costs_a_sentence(fill: Fill) -> None:
     (sentence,) = fill("file", 50_000).values()
     assert sentence.startswith(

@@ -56,6 +56,7 @@ def test_a_recipe_killed_twenty_times_ends_as_the_one_that_was_left_alone(kill: 
     assert {"first stage", "second stage"} <= phases.keys()
 
 
+@pytest.mark.slow
 def test_a_recipe_that_is_asked_to_end_ends_as_the_one_that_was_left_alone(kill: Kill) -> None:
     """SIGTERM; also no checkpoint is left that the other one has not."""
     assert sum(kill("term", 1, 0).values()) == 1

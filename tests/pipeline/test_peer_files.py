@@ -27,9 +27,9 @@ stages:
     ("name", "template"),
     [
         ("alpaca_en", "none"),
-        ("gsm8k_train", "none"),
-        ("glaive_toolcall_en", "none"),
-        ("glaive_toolcall_en", TEMPLATES / "qwen25.jinja"),
+        pytest.param("gsm8k_train", "none", marks=pytest.mark.slow),
+        pytest.param("glaive_toolcall_en", "none", marks=pytest.mark.slow),
+        pytest.param("glaive_toolcall_en", TEMPLATES / "qwen25.jinja", marks=pytest.mark.slow),
     ],
 )
 def test_a_peers_file_trains_without_conversion(

@@ -85,6 +85,7 @@ def test_moments_on_the_disk_are_no_memory_but_must_find_room(settings: SFT, tmp
     assert "offload_optimizer takes" in full.sentence(None)
 
 
+@pytest.mark.slow
 def test_nothing_helps_where_the_weights_alone_are_too_large(settings: SFT, tmp_path: Path) -> None:
     tight = planner(settings, tmp_path, 100_000)
     assert tight.cheapest_change(settings) is None

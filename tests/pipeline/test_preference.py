@@ -266,7 +266,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 @pytest.mark.parametrize(
     ("word", "file", "further"),
     [
-        ("dpo", "hh_harmless_pairs.jsonl", {"on_error": "skip"}),
+        pytest.param("dpo", "hh_harmless_pairs.jsonl", {"on_error": "skip"}, marks=pytest.mark.slow),
         pytest.param("orpo", "dpo_en_sharegpt.jsonl", {}, marks=pytest.mark.slow),
         ("kto", "kto_en_sharegpt.jsonl", {}),
         pytest.param("reward", "hh_harmless_pairs.jsonl", {"on_error": "skip"}, marks=pytest.mark.slow),

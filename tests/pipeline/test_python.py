@@ -72,7 +72,7 @@ def logits(model: lt.Model) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("adapter", [lt.LoRA(r=4), None])
 def test_two_stages_are_the_recipe_s_to_the_bit(
     model_of: Callable[..., lt.Model], dtype: str, adapter: lt.LoRA | None

@@ -89,5 +89,5 @@ def test_a_server_that_is_down_ends_the_run_with_what_was_sampled_kept(
     with pytest.raises(TrainingError, match="see to the judge"):
         run_recipe(recipe)
     answers = tmp_path / "run" / "00-rlaif" / "round-0" / "answers.json"
-    assert len(json.loads(answers.read_text())) == 10
+    assert len(json.loads(answers.read_text())["answers"]) == 10
     assert not (tmp_path / "run" / "00-rlaif" / "round-0" / "pairs.jsonl").exists()

@@ -88,6 +88,7 @@ def test_each_round_learns_from_its_own_pairs_and_builds_on_the_one_before(place
     assert summary.steps > 0
 
 
+@pytest.mark.slow
 def test_rounds_that_are_done_are_not_judged_again(place: Path, speaker: Path) -> None:
     run_recipe(recipe_of(speaker))
     asked, before = (place / "asked.txt").read_text(), weights_hash(place / "run" / "model")
@@ -113,6 +114,7 @@ def test_a_round_that_was_interrupted_before_it_trained_keeps_its_pairs(place: P
     assert weights_hash(folder / "model") == before
 
 
+@pytest.mark.slow
 def test_rounds_end_when_the_win_rate_stops_rising(place: Path, speaker: Path) -> None:
     """By a judge to whom all answers to held-out prompts are equal."""
     (place / "held_out.jsonl").write_text("".join(f'{{"prompt": "What is {i}?", "number": {i}}}\n' for i in (101, 102)))
@@ -184,6 +186,7 @@ def test_a_run_that_was_stopped_within_its_rounds_is_nobody_elses(place: Path, s
         run_recipe(recipe_of(speaker, rounds=1, seed=7))
 
 
+@pytest.mark.slow
 def test_beginning_anew_judges_again(place: Path, speaker: Path) -> None:
     run_recipe(recipe_of(speaker, rounds=1))
     before = (folder_of(place, 0) / "pairs.jsonl").read_bytes()

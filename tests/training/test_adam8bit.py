@@ -235,6 +235,7 @@ def narrow_states(run: Run) -> int:
     return sum(value.dtype == torch.uint8 for value in run.state.tensors().values())
 
 
+@pytest.mark.slow
 def test_the_training_curve_is_adamws_within_the_noise_of_seeds(run_of: RunOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """No step's loss differs by more than the standard deviation, over three seeds, of AdamW's last loss."""
     monkeypatch.setattr(adam8bit, "SMALLEST_NARROW", 256)

@@ -97,7 +97,9 @@ def test_a_run_that_is_over_stays_as_it_is(
     assert all(torch.equal(value, first[name]) for name, value in again.items())
 
 
-@pytest.mark.parametrize("broken", [[], [5, 6, 7]], ids=["sound", "goes back"])
+@pytest.mark.parametrize(
+    "broken", [pytest.param([], id="sound"), pytest.param([5, 6, 7], id="goes back", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("num_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_left_alone(
     tmp_path: Path, num_kills: int, broken: list[int]
