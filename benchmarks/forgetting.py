@@ -38,7 +38,7 @@ def contenders(rate: float, hot: float) -> dict[str, dict[str, Any]]:
     return {
         "alone": {"learning_rate": rate, **free},
         "30% general": {"learning_rate": rate, "mix": {str(MIXED): 0.3}, **free},
-        "too hot": {"learning_rate": hot, "forgetting": str(GENERAL)},
+        "too hot": {"learning_rate": hot, "eval_every": 3, "forgetting": str(GENERAL)},
     }
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--hot", type=float, default=2e-2)
+    parser.add_argument("--hot", type=float, default=4e-3)
     parser.add_argument("--only", help="contenders whose name holds this")
     parser.add_argument("--output", type=Path, help="a JSON file for the curves")
     given = parser.parse_args()

@@ -46,7 +46,8 @@ def refused(code: int, lines: list[str], folder: Path) -> str:
     """The sentence that a run without room has ended with."""
     sentence = lines[-1] if lines else ""
     wrong = code != 1 or "Traceback" in "".join(lines) or not sentence.startswith("luthier: ")
-    if wrong or "run/" not in sentence or "make room" not in sentence:
+    named = "run/" in sentence or ": run: " in sentence  # a file in the folder, or the folder
+    if wrong or not named or "make room" not in sentence:
         sys.exit(f"{folder.name} ended with {code} and these lines:\n" + "\n".join(lines))
     if half := [str(path) for path in folder.rglob(".*.part*")]:
         sys.exit(f"{folder.name} leaves {', '.join(half)}")

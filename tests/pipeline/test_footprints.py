@@ -75,7 +75,7 @@ def of_adapter(name: str) -> Any:
             pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
             for name, case in CASES.items()
         ),
-        *map(of_adapter, ADAPTER_SETTINGS),
+        *map(of_adapter, sorted(ADAPTER_SETTINGS.keys() - {"fusion"})),  # which needs adapters that are trained already
     ],
 )
 def test_a_few_layers_give_the_bytes_of_all(
