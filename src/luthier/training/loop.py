@@ -44,6 +44,7 @@ def fit(run: Run) -> Metrics:
     good checkpoint and leaves these steps out. Raises TrainingError where that cannot be done or does not help, and
     Stopped where `run.stop` was asked.
     """
+    _announce(run)
     try:
         with run.stop.held():
             return _all_steps(run)
@@ -69,13 +70,17 @@ def _all_steps(run: Run) -> Metrics:
     return metrics
 
 
-def _begin(run: Run) -> None:
-    """Says from where the run goes on, and measures the model before its first step."""
-    progress = run.state.progress
+def _announce(run: Run) -> None:
+    """Says from where the run goes on."""
     for callback in run.callbacks:
-        callback.on_start(progress.step, run.plan.num_steps)
+        callback.on_start(run.state.progress.step, run.plan.num_steps)
     if run.energy:
         run.energy.spent()  # what went before is no step's
+
+
+def _begin(run: Run) -> None:
+    """Measures the model before its first step."""
+    progress = run.state.progress
     if run.evaluates and progress.step == 0:
         progress.best_loss, progress.stale_evaluations = None, 0  # a run may come back to its start
         best = _evaluate(run)
@@ -110,6 +115,7 @@ def _start_again(run: Run, trouble: str) -> None:
     go_back_before_failure(run.state, run.checkpoints, trouble, num_steps=run.plan.num_steps)
     for callback in run.callbacks:
         callback.on_end()
+    _announce(run)
     _begin(run)
 
 
