@@ -115,9 +115,10 @@ def main() -> None:
         }
         text = curves(f"Perplexity of {title}, while learning Shakespeare", lines, from_zero=False)
         (docs / f"forgetting_{title.split()[0].lower().strip(',')}.svg").write_text(text)
-    plans = json.loads((HERE / "plan.json").read_text())
-    points = {name: (found["measured"] / 1e9, found["planned"] / 1e9) for name, found in plans.items()}
-    (HERE / "plan.svg").write_text(scatter("Peak memory of a stage, planned and measured", points, 0.1))
+    if (HERE / "plan.json").exists():
+        plans = json.loads((HERE / "plan.json").read_text())
+        points = {name: (found["measured"] / 1e9, found["planned"] / 1e9) for name, found in plans.items()}
+        (HERE / "plan.svg").write_text(scatter("Peak memory of a stage, planned and measured", points, 0.1))
 
 
 if __name__ == "__main__":
