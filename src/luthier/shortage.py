@@ -4,16 +4,19 @@ PyTorch, NumPy and Python say it in different ways, and none says how much would
 that it can begin anew.
 """
 
+import ctypes
 import gc
 import re
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-__all__ = ["again_with_less", "ran_out"]
+__all__ = ["again_with_less", "function_of_c", "ran_out", "release_freed_memory"]
 
 _SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+_OF_ONEDNN = ("could not create a primitive", "could not create a memory object", "could not execute a primitive")
 
 T = TypeVar("T")
 
@@ -22,7 +25,8 @@ def ran_out(error: BaseException) -> bool:
     """Whether it says that there is no more memory, of the machine or of its GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and (said in _OF_ONEDNN or any(sign in said for sign in _SIGNS))
 
 
 def _in_short(error: BaseException) -> str:
@@ -44,6 +48,19 @@ def again_with_less(work: Callable[[], T], give_way: Callable[[str], None]) -> T
             said = _in_short(error)
         # Not in the clause above: the error's traceback holds the tensors of what failed.
         gc.collect()
+        release_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         give_way(said)
+
+
+def release_freed_memory() -> None:
+    """Gives the pages of freed tensors back, where other work follows."""
+    trim = function_of_c("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def function_of_c(name: str) -> "ctypes._NamedFuncPointer | None":
+    """A function of glibc; other C libraries may not have it."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

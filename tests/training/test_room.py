@@ -52,6 +52,8 @@ def test_what_the_allocator_and_python_say_is_known() -> None:
     assert ran_out(allocator.value)
     assert ran_out(numpy.value)
     assert ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert ran_out(RuntimeError("could not create a primitive"))  # oneDNN, for products that it has no memory for
+    assert not ran_out(RuntimeError("could not create a primitive descriptor"))
     assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -43,6 +43,7 @@ from luthier.pipeline.stages import STAGES
 from luthier.pipeline.watch import watch_answers
 from luthier.recipe.preference import WithReference
 from luthier.recipe.training import Training
+from luthier.shortage import release_freed_memory
 from luthier.training.callbacks import Callback, MetricsFile, complete, read_metrics, total_of
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.deterministic import deterministic
@@ -50,7 +51,7 @@ from luthier.training.diagnosis import Diagnosis
 from luthier.training.energy import EnergyMeter, gpu_counters, rapl_counters
 from luthier.training.float8 import ScalesFile
 from luthier.training.loop import fit, step_gradients
-from luthier.training.memory import keep_freed_memory, release_freed_memory, within_free_memory
+from luthier.training.memory import keep_freed_memory, within_free_memory
 from luthier.training.offload import activations_on_host, host_copy
 from luthier.training.run import Objective, Run
 from luthier.training.trackers import tracking

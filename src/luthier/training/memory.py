@@ -1,6 +1,5 @@
 """How much memory the process holds and may hold, and how the C library is told to keep it."""
 
-import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ import psutil
 import torch
 from torch import nn
 
+from luthier.shortage import function_of_c
+
 if sys.platform == "linux":
     import resource
 
@@ -18,7 +19,6 @@ __all__ = [
     "available_bytes",
     "keep_freed_memory",
     "memory_bytes",
-    "release_freed_memory",
     "resident_bytes",
     "resident_in_files",
     "within_free_memory",
@@ -92,19 +92,7 @@ def keep_freed_memory() -> None:
     And lets oneDNN keep fewer of the matrix products that it compiles. To be called before the first of them.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _COMPILED_PRODUCTS)
-    mallopt = _of_c("mallopt")
+    mallopt = function_of_c("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def release_freed_memory() -> None:
-    """Gives the pages of freed tensors back, where other work than training follows."""
-    trim = _of_c("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-def _of_c(name: str) -> "ctypes._NamedFuncPointer | None":
-    """A function of glibc; other C libraries have none of these."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from luthier.errors import RecipeError, TrainingError
 from luthier.files import existing
+from luthier.shortage import release_freed_memory
 from luthier.training.footprint import Footprint
-from luthier.training.memory import available_bytes, release_freed_memory
+from luthier.training.memory import available_bytes
 from luthier.training.precision import Keep
 
 __all__ = ["Place", "beside_model", "in_file", "keep_in", "room_in"]
