@@ -7,7 +7,7 @@ import torch
 
 from luthier.data.examples import Origin
 from luthier.data.questions import Question, encode_question
-from luthier.evaluate.choices import answered_rightly, batches_of, likeliest
+from luthier.evaluate.choices import answered_rightly, likeliest
 from luthier.models.load import load
 
 WORDS = ["a", "two words", "something that is longer", "b", "xyz"]
@@ -41,6 +41,6 @@ def test_what_is_right_follows_from_the_logits_of_each_choice_by_itself(
         expected.append(scores.index(max(scores)) == row.answer)
     questions = [encode_question(row, model.tokenizer) for row in rows]
     lengths = [tuple(map(len, row.choices)) for row in rows]
-    found = answered_rightly(model.network, questions, lengths, batches_of(questions, micro_batch_tokens))
+    found = answered_rightly(model.network, questions, lengths, micro_batch_tokens)
     assert found == expected
     assert {True, False} == set(found)

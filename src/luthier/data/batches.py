@@ -22,7 +22,7 @@ from luthier.data.sequences import Item, TokenGroup, TokenSequence
 from luthier.errors import DataError
 from luthier.kernels.streams import Segments
 
-__all__ = ["Plan", "StepPlan", "TokenBatch", "collate", "cut", "pack", "pieces"]
+__all__ = ["Plan", "StepPlan", "TokenBatch", "collate", "cut", "pack", "pass_sizes", "passes", "pieces"]
 
 
 @dataclass(frozen=True)
@@ -197,14 +197,22 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(sorted(members) for members in bins)
 
 
+def passes(items: Sequence[Item], micro_batch_tokens: int | None) -> list[list[int]]:
+    """The items' indices in micro-batches of at most so many tokens; None: all in one."""
+    lengths = [len(item) for item in items]
+    return pack(lengths, sum(lengths) if micro_batch_tokens is None else micro_batch_tokens)
+
+
+def pass_sizes(items: Sequence[Item], micro_batch_tokens: int | None) -> list[int]:
+    """The tokens of each of these micro-batches."""
+    return [sum(len(items[i]) for i in members) for members in passes(items, micro_batch_tokens)]
+
+
 def cut(items: Sequence[Item], micro_batch_tokens: int | None, *, packing: bool = True) -> list[TokenBatch]:
     """A step's items as micro-batches of at most so many tokens (None: all in one; packing off: one item each)."""
     if not packing:
         return [collate([item]) for item in items]
-    if micro_batch_tokens is None:
-        return [collate(items)]
-    bins = pack([len(item) for item in items], micro_batch_tokens)
-    return [collate([items[i] for i in members]) for members in bins]
+    return [collate([items[i] for i in members]) for members in passes(items, micro_batch_tokens)]
 
 
 def pieces(group: TokenGroup, most_tokens: int) -> list[TokenGroup]:

@@ -5,16 +5,16 @@ log-probability a character, so that a long one is not at a disadvantage and no 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from luthier.data.batches import collate, pack
+from luthier.data.batches import collate, passes
 from luthier.data.sequences import TokenGroup
 from luthier.models.score import evaluating, sequence_logprobs
 
-__all__ = ["answered_rightly", "batches_of", "likeliest"]
+__all__ = ["answered_rightly", "likeliest"]
 
 
 def likeliest(logprobs: Sequence[float], num_characters: Sequence[int]) -> int | None:
@@ -23,25 +23,19 @@ def likeliest(logprobs: Sequence[float], num_characters: Sequence[int]) -> int |
     return scores.index(max(scores)) if all(map(math.isfinite, scores)) else None
 
 
-def batches_of(questions: Sequence[TokenGroup], most_tokens: int | None) -> list[list[int]]:
-    """The questions' indices in passes of at most so many tokens; None: all in one."""
-    lengths = [len(group) for group in questions]
-    return pack(lengths, sum(lengths) if most_tokens is None else most_tokens)
-
-
 def answered_rightly(
     network: PreTrainedModel,
     questions: Sequence[TokenGroup],
     num_characters: Sequence[Sequence[int]],
-    batches: Iterable[Sequence[int]],
+    micro_batch_tokens: int | None,
 ) -> list[bool]:
     """For each question whether its likeliest choice is the right one, which has the highest score of its group.
 
-    num_characters: of each question's choices. batches: as `batches_of` gives them.
+    num_characters: of each question's choices.
     """
     found: dict[int, bool] = {}
     with evaluating(network):
-        for members in batches:
+        for members in passes(questions, micro_batch_tokens):
             batch = collate([questions[i] for i in members])
             sizes = [len(questions[i].sequences) for i in members]
             for i, logprobs in zip(members, torch.split(sequence_logprobs(network, batch), sizes), strict=True):

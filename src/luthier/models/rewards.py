@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from luthier.adapters.peft_format import read_adapter
-from luthier.data.batches import collate, pack
+from luthier.data.batches import collate, passes
 from luthier.data.conversations import turns_of
 from luthier.data.examples import Chat, Origin, Steps
 from luthier.data.pairs import encode_steps
@@ -73,7 +73,7 @@ def rewards(model: Model, chats: Sequence[ChatLike], *, batch_tokens: int = 4096
     """
     sequences = [_sequence(model, chat, number) for number, chat in enumerate(chats, start=1)]
     found = torch.zeros(len(sequences))
-    for members in pack([len(one) for one in sequences], batch_tokens):
+    for members in passes(sequences, batch_tokens):
         found[members] = score_rewards(model, collate([sequences[i] for i in members])).float().cpu()
     values: list[float] = found.tolist()
     return values

@@ -16,14 +16,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier.data.batches import TokenBatch, cut
+from luthier.data.batches import TokenBatch, cut, pass_sizes
 from luthier.data.blocks import blocks_of
 from luthier.data.encoding import encode
 from luthier.data.questions import encode_question, read_questions
 from luthier.data.reading import read_examples
 from luthier.data.sequences import Item, TokenGroup, TokenSequence, sequences_of
 from luthier.errors import CheckpointError, DataError, RecipeError, TrainingError
-from luthier.evaluate.choices import answered_rightly, batches_of
+from luthier.evaluate.choices import answered_rightly
 from luthier.evaluate.significance import Fall, fall_between
 from luthier.pipeline.methods import next_tokens
 from luthier.pipeline.sealed import read_sealed, write_sealed
@@ -137,8 +137,12 @@ class _Watch:
         are asked for. Raises TrainingError where the first perplexity is no number.
         """
         room, general = self.run.room, self.general
-        loss = room.fitting(self._loss, lambda: (one.num_tokens for one in self._batches())) if general.text else None
-        rightly = room.fitting(self._answered, self._question_sizes) if general.questions else []
+        loss = room.fitting(self._loss, lambda: pass_sizes(general.text, room.tokens)) if general.text else None
+        rightly = (
+            room.fitting(self._answered, lambda: pass_sizes(general.questions, room.tokens))
+            if general.questions
+            else []
+        )
         now = {} if loss is None else {"perplexity": math.exp(min(loss, 700.0))}
         if self.run.state.progress.step == 0:
             if loss is not None and not math.isfinite(loss):
@@ -154,21 +158,13 @@ class _Watch:
             told["general_accuracy_fall"] = self.fall.fall
         return told
 
-    def _batches(self) -> list[TokenBatch]:
-        return cut(self.general.text, self.run.room.tokens)
-
     def _loss(self) -> float:
-        return evaluate_loss(self.run.state.network, self._batches(), next_tokens)
+        return evaluate_loss(self.run.state.network, cut(self.general.text, self.run.room.tokens), next_tokens)
 
     def _answered(self) -> list[bool]:
         network, general = self.run.state.network, self.general
         assert isinstance(network, PreTrainedModel)
-        batches = batches_of(general.questions, self.run.room.tokens)
-        return answered_rightly(network, general.questions, general.num_characters, batches)
-
-    def _question_sizes(self) -> list[int]:
-        questions = self.general.questions
-        return [sum(len(questions[i]) for i in members) for members in batches_of(questions, self.run.room.tokens)]
+        return answered_rightly(network, general.questions, general.num_characters, self.run.room.tokens)
 
     def _first(self) -> dict[str, Any]:
         mend = "nobody knows the model before training; start afresh with resume: false, or drop forgetting"

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.adapters.switch import adapters_off
-from luthier.data.batches import TokenBatch, collate, pack
+from luthier.data.batches import TokenBatch, collate, passes
 from luthier.data.sequences import TokenGroup
 from luthier.models.score import evaluating, hidden_states, score
 from luthier.models.values import values_at
 from luthier.pipeline.policy import critic_on
 from luthier.recipe.policy import PPO, OnPolicy
 
-__all__ = ["known_of", "pass_sizes"]
+__all__ = ["known_of"]
 
 Pass = Callable[[PreTrainedModel, TokenBatch], Tensor]
 
@@ -51,28 +51,18 @@ def known_of(
     before all is learned, or a divergence counts in the reward; "reference" where there is a divergence; "values" of a
     value head.
     """
-    passes = _Passes(settings.temperature, isinstance(settings, PPO) and settings.value_trunk == "own")
+    by = _Passes(settings.temperature, isinstance(settings, PPO) and settings.value_trunk == "own")
     wanted: dict[str, Pass] = {}
     if settings.minibatches * settings.rollout_epochs > 1 or (settings.beta and settings.kl_in == "reward"):
-        wanted["old"] = passes.logprobs
+        wanted["old"] = by.logprobs
     if settings.beta:
-        wanted["reference"] = passes.by_reference
+        wanted["reference"] = by.by_reference
     if isinstance(settings, PPO):
-        wanted["values"] = passes.values
+        wanted["values"] = by.values
     if not wanted:
         return {}
     with evaluating(network):
         return _passed(network, groups, wanted, micro_batch_tokens)
-
-
-def pass_sizes(groups: Sequence[TokenGroup], micro_batch_tokens: int | None) -> list[int]:
-    """The tokens of each pass that `known_of` makes of the groups."""
-    return [sum(len(groups[i]) for i in members) for members in _passes(groups, micro_batch_tokens)]
-
-
-def _passes(groups: Sequence[TokenGroup], micro_batch_tokens: int | None) -> list[list[int]]:
-    lengths = [len(group) for group in groups]
-    return pack(lengths, sum(lengths) if micro_batch_tokens is None else micro_batch_tokens)
 
 
 def _passed(
@@ -82,7 +72,7 @@ def _passed(
     micro_batch_tokens: int | None,
 ) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(groups) for name in wanted}
-    for members in _passes(groups, micro_batch_tokens):
+    for members in passes(groups, micro_batch_tokens):
         batch = collate([groups[i] for i in members]).to(network.device)
         counts = [groups[i].num_trained for i in members]
         for name, one in wanted.items():

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from luthier.adapters.inject import adapted_layers
 from luthier.adapters.switch import adapters_off
-from luthier.data.batches import TokenBatch, collate, pack
+from luthier.data.batches import TokenBatch, collate, passes
 from luthier.data.sequences import Item, TokenGroup
 from luthier.errors import CheckpointError, RecipeError
 from luthier.files import replacing
@@ -98,7 +98,7 @@ def _computed(groups: Sequence[TokenGroup], model: Model, name: str | None, micr
     everything = [_with_mismatched(group) for group in groups]
     found: list[Tensor] = [torch.empty(0)] * len(groups)
     with _as_reference(network):
-        for members in pack([len(group) for group in everything], micro_batch_tokens):
+        for members in passes(everything, micro_batch_tokens):
             batch = collate([everything[i] for i in members])
             logprobs = sequence_logprobs(network, batch).float().cpu()
             pieces = logprobs.split([len(everything[i].sequences) for i in members])

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.batches import pieces
+from luthier.data.batches import pass_sizes, pieces
 from luthier.data.sequences import Item, TokenGroup
 from luthier.errors import TrainingError
 from luthier.models.load import Model
 from luthier.objectives.advantages import adapted_kl_weight, carries_signal, soft_length_penalty
 from luthier.pipeline.answers import ScoredAnswer, as_rows, groups_of, stored, summed_up, targets_of, trained_on
-from luthier.pipeline.known import known_of, pass_sizes
+from luthier.pipeline.known import known_of
 from luthier.pipeline.policy import Scored, advantages
 from luthier.pipeline.prompts import Asked, PreparedPrompts
 from luthier.pipeline.rollout_files import RolloutFiles, Sampled

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from luthier.adapters.base import Adapter, Step
 from luthier.adapters.inject import after_step, before_step, penalty
-from luthier.data.batches import TokenBatch, cut
+from luthier.data.batches import TokenBatch, cut, pass_sizes
 from luthier.errors import TrainingError
 from luthier.models.score import evaluating
 from luthier.recipe.precision import DynamicScaling
@@ -349,7 +349,7 @@ def _evaluated_run(run: Run) -> dict[str, float]:
         measured = _evaluated(run.state.network, batches, run.objective)
         return measured if run.measure is None else measured | run.measure(run.state.network, batches)
 
-    return run.room.fitting(work, lambda: (batch.num_tokens for batch in cut(run.eval_items, run.room.tokens)))
+    return run.room.fitting(work, lambda: pass_sizes(run.eval_items, run.room.tokens))
 
 
 def _ask_guard(run: Run, measured: dict[str, float]) -> None:
