@@ -21,6 +21,7 @@ __all__ = [
     "existing",
     "file_hash",
     "flush",
+    "free_bytes",
     "in_words",
     "is_full",
     "naming",
@@ -46,6 +47,11 @@ def existing(place: Path) -> Path:
     """The place, or the first folder above it that is there."""
     absolute = place.absolute()
     return next(path for path in (absolute, *absolute.parents) if path.exists())
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk where this folder is, or will be."""
+    return shutil.disk_usage(existing(folder)).free
 
 
 def in_words(num_bytes: int) -> str:
@@ -74,7 +80,7 @@ def not_written(place: Path, error: Exception, *, wanted: int | None = None, men
     why = str(error) if number is None else os.strerror(number)
     if not is_full(error):
         return f"{place}: cannot be written ({why}); see what is there and who may write, or choose another place"
-    free = in_words(shutil.disk_usage(existing(place.parent)).free)
+    free = in_words(free_bytes(place.parent))
     sizes = f"{free} are free" if wanted is None else f"{in_words(wanted)} are wanted, {free} are free"
     return f"{place}: cannot be written ({why}; {sizes}); make room{mend}"
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from luthier.pipeline.disk import checkpoint_bytes, free_bytes, state_bytes, warn_of_little_room
+from luthier.files import free_bytes
+from luthier.pipeline.disk import checkpoint_bytes, state_bytes, warn_of_little_room
 from luthier.recipe.training import Training
 from luthier.training.footprint import Footprint
 

@@ -8,7 +8,6 @@ that was trained with a head makes a language model a reward model: its output l
 
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from luthier.adapters.new_tokens import knowing
 from luthier.adapters.peft_format import SavedAdapter, read_adapter
 from luthier.adapters.targets import linear_targets
 from luthier.errors import ModelError
-from luthier.files import ELSEWHERE, existing, in_words, not_written, written_whole
+from luthier.files import ELSEWHERE, free_bytes, in_words, not_written, written_whole
 from luthier.models.adapted import refuse_wrong_base, tokenizer_of
 from luthier.models.certificate import Certificate, certify, fits_in_memory
 from luthier.models.heads import head_outline, padded_for, trains_head
@@ -276,7 +275,7 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _check_room(place: Path, files: Files) -> None:
-    needed, free = _bytes_of(files), shutil.disk_usage(existing(place.parent)).free
+    needed, free = _bytes_of(files), free_bytes(place.parent)
     if needed > free:
         raise ModelError(
             f"{place}: the merged model takes {in_words(needed)} and {in_words(free)} are free; make room{ELSEWHERE}"

@@ -5,15 +5,14 @@ as large as the one that it is made from. Rollouts and logs are small beside the
 """
 
 import logging
-import shutil
 from pathlib import Path
 
-from luthier.files import existing, in_words
+from luthier.files import free_bytes, in_words
 from luthier.recipe.optimizers import ScheduleFree
 from luthier.recipe.training import Training
 from luthier.training.footprint import Footprint
 
-__all__ = ["checkpoint_bytes", "free_bytes", "model_bytes", "state_bytes", "warn_of_little_room"]
+__all__ = ["checkpoint_bytes", "model_bytes", "state_bytes", "warn_of_little_room"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +33,6 @@ def checkpoint_bytes(settings: Training, one: int) -> int:
 def model_bytes(folder: Path) -> int:
     """Of a model's weights; 0 where there are none."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def free_bytes(folder: Path) -> int:
-    """On the disk where this folder is, or will be."""
-    return shutil.disk_usage(existing(folder)).free
 
 
 def warn_of_little_room(settings: Training, one: int, base: Path, folder: Path) -> None:

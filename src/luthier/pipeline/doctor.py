@@ -15,10 +15,10 @@ import torch
 
 from luthier.data.reading import read_examples
 from luthier.errors import LuthierError
-from luthier.files import existing
+from luthier.files import existing, free_bytes
 from luthier.models.cache import cache_folder
 from luthier.models.sources import resolve
-from luthier.pipeline.disk import checkpoint_bytes, free_bytes, model_bytes
+from luthier.pipeline.disk import checkpoint_bytes, model_bytes
 from luthier.pipeline.plan import plan_stage
 from luthier.recipe.document import Recipe, load_recipe
 from luthier.training.memory import available_bytes

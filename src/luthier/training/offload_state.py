@@ -5,7 +5,6 @@ them and the step runs there. On the disk they are files that the step reads and
 them what there is room for. A file loses its name as soon as it is mapped, so nothing is left behind after a kill.
 """
 
-import shutil
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError, TrainingError
-from luthier.files import existing
+from luthier.files import free_bytes
 from luthier.shortage import release_freed_memory
 from luthier.training.footprint import Footprint
 from luthier.training.memory import available_bytes
@@ -85,5 +84,5 @@ def beside_model(footprint: Footprint, place: Place, device: torch.device) -> tu
 def room_in(place: Place, folder: Path) -> int:
     """Bytes that masters and moments may take there. folder: need not be there yet."""
     if place == "disk":
-        return shutil.disk_usage(existing(folder)).free
+        return free_bytes(folder)
     return available_bytes(torch.device("cpu"))
