@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import CheckpointError
+from luthier.pipeline.done import is_done
 from luthier.pipeline.rounds import read_rounds
 from luthier.pipeline.sealed import read_rows
 from luthier.pipeline.watch import WATCHED, read_watched
@@ -86,7 +87,7 @@ def _read_stage(word: str, folder: Path) -> StageRecord:
         word=f"{word} {folder.name}" if in_rounds else word,
         name=f"{folder.parent.name}/{folder.name}" if in_rounds else folder.name,
         won=next((str(result) for result in read_rounds(folder.parent) if f"round-{result.round}" == folder.name), ""),
-        done=(folder / "done.json").exists(),
+        done=is_done(folder),
         steps=[line for line in lines if "loss" in line],
         evaluations=[line for line in lines if "eval_loss" in line],
         seconds=total_of(lines, "seconds") or 0.0,

@@ -29,6 +29,7 @@ from luthier.evaluate.signs import SIGNS, Answered, repeated_share, signs_in
 from luthier.files import write_whole
 from luthier.models.load import Model
 from luthier.models.score import evaluating, score
+from luthier.pipeline.sealed import read_rows
 from luthier.recipe.guards import Watch
 from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import Pretrain, Training
@@ -69,9 +70,9 @@ def watch_answers(run: Run, prepared: Prepared, model: Model, folder: Path) -> N
 
 
 def read_watched(path: Path) -> list[dict[str, Any]]:
-    """The rows of watched.jsonl; none where there is no such file."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines if line]
+    """The rows of watched.jsonl; none where there is no such file. Raises CheckpointError where it is damaged."""
+    mend = "delete it: people alone read it"
+    return read_rows(path, mend=mend, names=("step", "prompt", "answer")) if path.exists() else []
 
 
 def _requests(settings: Training, watch: Watch, model: Model) -> list[Request]:

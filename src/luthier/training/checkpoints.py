@@ -152,10 +152,8 @@ class Checkpoints:
         """Checkpoints after the newest were damaged, or steps failed: the run went back behind them and is making them
         again. Those made while steps fail are kept besides, so that there is one from before to go back to.
         """
-        good = [path for path in self._regular() if path < newest and not _failed(path)]
-        counts = newest in self._regular() and not _failed(newest)
-        num_earlier = self.keep_last - 1 if counts else self.keep_last
-        kept = {newest, *good[max(0, len(good) - num_earlier) :], self.best()}
+        good = [path for path in self._regular() if path <= newest and not _failed(path)]
+        kept = {newest, *good[-self.keep_last :], self.best()}
         for path in self.folder.glob("step-*"):
             if path not in kept:
                 shutil.rmtree(path)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MOST_FAILED = 3
 """So many steps in a row that fail are no longer single bad rows."""
 
-_BEFORE = 10  # steps that are left out before the first that failed: 1 / (1 - adam_beta1)
+_BEFORE = 10  # steps that are left out before the first that failed: 1 / (1 - beta1)
 _MEND = "lower learning_rate, or set dtype: fp32"
 
 
