@@ -3,7 +3,6 @@
 The backward pass forms the weights of a block a second time, so that no scores are stored.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.streams import Segments
+from luthier.kernels.turns import turns
 
 __all__ = ["BLOCK_QUERIES", "block_attention"]
 
@@ -34,13 +34,8 @@ class _BlockAttention(Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
         heads, tokens, _ = query.shape
         attended = query.new_empty(tokens, heads, value.shape[2]).transpose(0, 1)  # as the next layer reads it
-        for own, before in _places(segments):
-            q = _made_up(query[:, own])
-            (k, hidden), (v, _) = (_made_up_behind(t, own, before) for t in (key, value))
-            for rows in _blocks(q.shape[1]):
-                seen = slice(0, k.shape[1] - q.shape[1] + rows.stop)
-                _, weights = _attention_weights(q[:, rows], k[:, seen], hidden, scale)
-                _write(attended[:, own][:, rows], torch.bmm(weights, v[:, seen]))
+        for own, before in turns(_places(segments), _sizes, over=query):
+            _attend(query, key, value, (own, before), scale, into=attended[:, own])
         ctx.save_for_backward(query, key, value)
         ctx.segments, ctx.scale = segments, scale
         return attended
@@ -51,46 +46,84 @@ class _BlockAttention(Function):
         query, key, value = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros(t.shape, device=t.device) for t in (key, value))  # sums stay in float32
-        for own, before in _places(ctx.segments):
-            q, g = (_made_up(t[:, own]) for t in (query, grad))
-            (k, hidden), (v, _) = (_made_up_behind(t, own, before) for t in (key, value))
-            sums = _backward_of_one((q, k, v, g), hidden, ctx.scale, into=grad_query[:, own])
-            for total, of_one in zip((grad_key, grad_value), sums, strict=True):
-                num_own, num_before = own.stop - own.start, before.stop - before.start
-                total[:, before] += of_one[:, hidden : hidden + num_before]
-                total[:, own] += of_one[:, hidden + num_before :][:, :num_own]
+        for own, before in turns(_places(ctx.segments), _sizes, over=query):
+            place, into = (own, before), (grad_query[:, own], grad_key, grad_value)
+            _add_gradients((query, key, value, grad), place, ctx.scale, into=into)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
-def _backward_of_one(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor], hidden: int, scale: float, *, into: Tensor
-) -> tuple[Tensor, Tensor]:
-    """inputs: query, key, value and the gradient of what was attended, of one segment. into: where the queries' goes.
-    Returns those of keys and values.
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, place: tuple[slice, slice], scale: float, *, into: Tensor
+) -> None:
+    """What the queries of one segment see. place: of the segment and of what it goes on from."""
+    q = _made_up(query[:, place[0]])
+    (k, hidden), (v, _) = (_made_up_behind(t, *place) for t in (key, value))
+    for rows in turns(_blocks(q.shape[1]), _ends, over=q):
+        seen = slice(0, k.shape[1] - q.shape[1] + rows.stop)
+        _write(into[:, rows], torch.bmm(_attention_weights(q[:, rows], k[:, seen], hidden, scale)[1], v[:, seen]))
+
+
+def _add_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    place: tuple[slice, slice],
+    scale: float,
+    *,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """inputs: query, key, value and the gradient of what was attended, of all segments. place: of one of them and of
+    what it goes on from. into: where the gradient of its queries goes, and those of all keys and values.
+    """
+    own, before = place
+    q, g = (_made_up(t[:, own]) for t in (inputs[0], inputs[3]))
+    (k, hidden), (v, _) = (_made_up_behind(t, own, before) for t in inputs[1:3])
+    sums = [torch.zeros(t.shape, device=t.device) for t in (k, v)]
+    for rows in turns(_blocks(q.shape[1]), _ends, over=q):
+        seen = slice(0, k.shape[1] - q.shape[1] + rows.stop)
+        _add_of_block((q[:, rows], k[:, seen], v[:, seen], g[:, rows]), hidden, scale, sums, into=into[0][:, rows])
+    for total, of_one in zip(into[1:], sums, strict=True):
+        num_own, num_before = own.stop - own.start, before.stop - before.start
+        total[:, before] += of_one[:, hidden : hidden + num_before]
+        total[:, own] += of_one[:, hidden + num_before :][:, :num_own]
+
+
+def _add_of_block(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], hidden: int, scale: float, sums: list[Tensor], *, into: Tensor
+) -> None:
+    """inputs: the queries of a block, the keys and values that they see, and the gradient of what was attended. sums:
+    gets what is added to the gradients of keys and of values. into: where the queries' goes.
     """
     q, k, v, grad = inputs
-    sum_k, sum_v = (torch.zeros(t.shape, device=t.device) for t in (k, v))
-    for rows in _blocks(q.shape[1]):
-        seen = slice(0, k.shape[1] - q.shape[1] + rows.stop)
-        scaled, weights = _attention_weights(q[:, rows], k[:, seen], hidden, scale)
-        grouped = grad[:, rows].reshape(len(k), -1, grad.shape[2])
-        grad_weights = torch.bmm(grouped, v[:, seen].transpose(1, 2))
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        _write(into[:, rows], torch.bmm(grad_scores, k[:, seen]).mul_(scale))
-        sum_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), scaled)
-        sum_v[:, seen] += torch.bmm(weights.transpose(1, 2), grouped)
-    return sum_k, sum_v
+    scaled, weights = _attention_weights(q, k, hidden, scale)
+    grouped = grad.reshape(len(k), -1, grad.shape[2])
+    grad_weights = torch.bmm(grouped, v.transpose(1, 2))
+    grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    _write(into, torch.bmm(grad_scores, k).mul_(scale))
+    sums[0][:, : k.shape[1]] += torch.bmm(grad_scores.transpose(1, 2), scaled)
+    sums[1][:, : k.shape[1]] += torch.bmm(weights.transpose(1, 2), grouped)
 
 
-def _places(segments: Segments) -> Iterator[tuple[slice, slice]]:
+def _places(segments: Segments) -> list[tuple[slice, slice]]:
     """Where each segment lies, and what it goes on from, which may be nothing."""
     slices = segments.slices
-    for own, parent in zip(slices, segments.parents, strict=True):
-        yield own, slice(0, 0) if parent is None else slices[parent]
+    return [
+        (own, slice(0, 0) if parent is None else slices[parent])
+        for own, parent in zip(slices, segments.parents, strict=True)
+    ]
+
+
+def _sizes(place: tuple[slice, slice]) -> tuple[int, int]:
+    """Of a segment and of what it goes on from, as they are made up."""
+    own, before = (part.stop - part.start + -(part.stop - part.start) % BLOCK_MULTIPLE for part in place)
+    return own, before
 
 
 def _blocks(tokens: int) -> list[slice]:
     return [slice(i, min(i + BLOCK_QUERIES, tokens)) for i in range(0, tokens, BLOCK_QUERIES)]
+
+
+def _ends(rows: slice) -> tuple[int, int]:
+    """How many queries a block has, and where it ends."""
+    return rows.stop - rows.start, rows.stop
 
 
 def _made_up(piece: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.linear import linear, product
+from luthier.kernels.turns import turns
 
 __all__ = ["FurtherRows", "HeadOptions", "linear_logprobs", "linear_logprobs_plain", "logits_of"]
 
@@ -122,6 +123,10 @@ def _chunks(num_rows: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
     return [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]
 
 
+def _length(rows: slice) -> tuple[int]:
+    return (rows.stop - rows.start,)
+
+
 def _round_up(rows: int) -> int:
     return max(1, -(-rows // ROW_MULTIPLE)) * ROW_MULTIPLE
 
@@ -170,7 +175,7 @@ class _LinearLogprobs(Function):
         pull = torch.empty_like(hidden) if hidden.requires_grad and not head_is_trained else None
         entropy_pull = torch.empty_like(hidden) if pull is not None and entropy_gradient else None
         kept = own if own is None or pull is None else own.clone()
-        for rows in _chunks(len(hidden), len(weight), options.chunk_bytes):
+        for rows in turns(_chunks(len(hidden), len(weight), options.chunk_bytes), _length, over=hidden):
             products, part = _products(hidden[rows], weight, bias), _Own.of(kept, further, rows)
             also = None if entropy_pull is None else torch.zeros_like(products)
             logprobs[rows], entropy[rows] = _score(
@@ -180,6 +185,7 @@ class _LinearLogprobs(Function):
                 pull[rows] = product(products, weight.T)[: len(targets[rows])]
             if entropy_pull is not None and also is not None:
                 entropy_pull[rows] = product(also, weight.T)[: len(targets[rows])]
+            del products, also  # before the next chunk's are there
         ctx.save_for_backward(hidden, weight, bias, targets, pull, kept, entropy_pull)
         ctx.options, ctx.further, ctx.entropy_gradient = options, further, entropy_gradient
         if not entropy_gradient:
@@ -219,24 +225,42 @@ def _score(
     """
     logprobs = torch.empty(len(targets), dtype=_wide(products.dtype), device=products.device)
     entropy = torch.empty_like(logprobs)
-    rows = max(1, CACHED_BYTES // (4 * products.shape[1])) if products.device.type == "cpu" else len(products)
-    for start in range(0, len(targets), rows):
-        few = slice(start, min(start + rows, len(targets)))
-        logits = logits_of(products[few] if own is None else own.join(products[few], few), options)
-        target, peak = targets[few, None], logits.amax(-1, keepdim=True)
-        minus_softmax = (logits - peak).exp_()
-        total = minus_softmax.sum(-1, keepdim=True)
-        minus_softmax.div_(-total)
-        normalizer = total.log_().add_(peak)
-        logprobs[few] = (logits.gather(-1, target) - normalizer).squeeze(-1)
-        entropy[few] = (normalizer + (minus_softmax * logits).sum(-1, keepdim=True)).squeeze(-1)
-        if of_entropy is not None:
-            gradient = (logits - normalizer).add_(entropy[few, None]).mul_(minus_softmax)
-            of_entropy[few] = _logits_gradient(gradient, logits, options)
-        if differentiate:
-            gradient = minus_softmax.scatter_add_(-1, target, torch.ones_like(normalizer))
-            gradient = _logits_gradient(gradient, logits, options)
-            products[few] = gradient if own is None else own.separate(gradient, few, products.shape[1])
+    at_once = max(1, CACHED_BYTES // (4 * products.shape[1])) if products.device.type == "cpu" else len(products)
+    starts = range(0, len(targets), at_once)
+    for rows in turns([slice(i, min(i + at_once, len(targets))) for i in starts], _length, over=products):
+        of_few = None if of_entropy is None else of_entropy[rows]
+        logprobs[rows], entropy[rows] = _score_few(
+            products, rows, targets[rows], options, own, differentiate=differentiate, of_entropy=of_few
+        )
+    return logprobs, entropy
+
+
+def _score_few(
+    products: Tensor,
+    few: slice,
+    targets: Tensor,
+    options: HeadOptions,
+    own: _Own | None,
+    *,
+    differentiate: bool,
+    of_entropy: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `_score`, of rows that are so few that they stay in the cache; targets and of_entropy are theirs alone."""
+    logits = logits_of(products[few] if own is None else own.join(products[few], few), options)
+    target, peak = targets[:, None], logits.amax(-1, keepdim=True)
+    minus_softmax = (logits - peak).exp_()
+    total = minus_softmax.sum(-1, keepdim=True)
+    minus_softmax.div_(-total)
+    normalizer = total.log_().add_(peak)
+    logprobs = (logits.gather(-1, target) - normalizer).squeeze(-1)
+    entropy = (normalizer + (minus_softmax * logits).sum(-1, keepdim=True)).squeeze(-1)
+    if of_entropy is not None:
+        gradient = (logits - normalizer).add_(entropy[:, None]).mul_(minus_softmax)
+        of_entropy.copy_(_logits_gradient(gradient, logits, options))
+    if differentiate:
+        gradient = minus_softmax.scatter_add_(-1, target, torch.ones_like(normalizer))
+        gradient = _logits_gradient(gradient, logits, options)
+        products[few] = gradient if own is None else own.separate(gradient, few, products.shape[1])
     return logprobs, entropy
 
 
@@ -276,7 +300,7 @@ def _backward_through_head(
     grad_weight = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if needs_weight else None
     grad_bias = torch.zeros(len(weight), dtype=_wide(weight.dtype), device=weight.device) if needs_bias else None
     grad_own = None if own is None else own.clone()
-    for rows in _chunks(len(hidden), len(weight), ctx.options.chunk_bytes):
+    for rows in turns(_chunks(len(hidden), len(weight), ctx.options.chunk_bytes), _length, over=hidden):
         products, part = _products(hidden[rows], weight, bias), _Own.of(grad_own, ctx.further, rows)
         also = torch.zeros_like(products) if ctx.entropy_gradient else None
         _score(products, targets[rows], ctx.options, part, differentiate=True, of_entropy=also)
@@ -289,6 +313,7 @@ def _backward_through_head(
             grad_weight += gradient.T @ hidden[rows]
         if grad_bias is not None:
             grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
+        del products, also, gradient  # before the next chunk's are there
     if grad_own is not None:
         grad_own.mul_(grad_logprobs[:, None])
     narrow_weight = None if grad_weight is None else grad_weight.to(weight.dtype)

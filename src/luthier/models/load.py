@@ -118,18 +118,19 @@ def outline(
     dtype: DType = "fp32",
     either: bool = False,
     layers: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Model:
     """The model as `load` gives it, or `load_either`, but without weights: its tensors have shapes and no values.
 
-    layers: how many of its layers it has, the first ones; None for all. To be called, and its network used, within a
-    FakeTensorMode. Raises what loading raises.
+    layers: how many of its layers it has, the first ones; None for all. tokenizer: its own, where that has been read
+    already. To be called, and its network used, within a FakeTensorMode. Raises what loading raises.
     """
     source = resolve(name, environment)
     if not either:
         _refuse_rewards(source)
     with _readable(source):
-        config, tokenizer = _described(source)
+        config, tokenizer = config_of(source), tokenizer or _tokenizer(source)
         if layers is not None:
             _keep_first(config.get_text_config(), layers)
         network = network_class(config).from_config(
@@ -202,7 +203,7 @@ def _loaded(
     attention: str | None,
 ) -> Model:
     with _readable(source):
-        config, tokenizer = _described(source)
+        config, tokenizer = config_of(source), _tokenizer(source)
         network = _network(source, config, dtype=DTYPES[dtype], attention=attention or _own_attention(config))
         if gives_rewards(config):
             refuse_other_head(network, source.name)
@@ -222,9 +223,11 @@ def _readable(source: ResolvedSource) -> Iterator[None]:
             raise ModelError(f"{source.folder}: cannot be loaded ({_first_line(error)}); fetch it again") from error
 
 
-def _described(source: ResolvedSource) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    return config_of(source), tokenizer
+def _tokenizer(source: ResolvedSource) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source.folder, local_files_only=True, trust_remote_code=False
+    )
+    return tokenizer
 
 
 def _set_stops(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,9 +6,12 @@ by the same bytes with each layer, so two short networks give it for any number.
 whole network is asked.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from luthier.adapters.targets import decoder_blocks
@@ -28,26 +31,48 @@ _FEWEST_LAYERS = 2  # a prefix's first layer keeps more than the others
 
 
 class Outlined:
-    """A stage's network without weights. dense_bytes: of its weights before they were quantized."""
+    """A stage's network without weights. tokenizer: as it was read. dense_bytes: of the weights before they were
+    quantized.
+    """
 
-    def __init__(self, word: str, settings: Training, model_name: str, *, layers: int | None = None) -> None:
-        """layers: the first of the model's; None for all. To be called, and used, within a FakeTensorMode."""
+    def __init__(
+        self,
+        word: str,
+        settings: Training,
+        model_name: str,
+        *,
+        layers: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """layers: the first of the model's; None for all. tokenizer: the model's, where that has been read already. To
+        be called, and used, within a FakeTensorMode.
+        """
         self.objective = STAGES[word].method(settings).objective
-        self.model: Model = outline(
-            model_name, dtype=settings.dtype, either=isinstance(settings, RewardModel), layers=layers
-        )
+        either = isinstance(settings, RewardModel)
+        self.model: Model = outline(model_name, dtype=settings.dtype, either=either, layers=layers, tokenizer=tokenizer)
+        self.tokenizer = self.model.tokenizer
         self.dense_bytes = sum(p.nbytes for p in self.model.network.parameters())
         prepare_network(settings, self.model)
         self.state = fresh_state(settings, self.model, outline=True)
 
 
-def footprint_of(word: str, settings: Training, model_name: str, batch: TokenBatch) -> tuple[Outlined, Footprint]:
-    """The whole network without weights, and what a step over the batch holds."""
+def footprint_of(
+    word: str,
+    settings: Training,
+    model_name: str,
+    batch: TokenBatch,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Outlined, Footprint]:
+    """The whole network without weights, and what a step over the batch holds. tokenizer: the model's, where that has
+    been read already.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        whole = Outlined(word, settings, model_name)
+        whole = Outlined(word, settings, model_name, tokenizer=tokenizer)
         filled = placeholders(batch, *COLUMNS)
         held = held_bytes(whole.state)
-        peak = _extrapolated(word, settings, model_name, filled, _kinds(whole.model))
+        shorter = partial(_short, word, settings, model_name, filled, whole.tokenizer)
+        peak = _extrapolated(shorter, _kinds(whole.model))
         if peak is None:
             peak = pass_bytes(whole.state, filled, whole.objective, offloaded=settings.offload_activations).peak
         return whole, replace(held, activations=peak)
@@ -74,9 +99,9 @@ def _period(kinds: list[object]) -> int:
     return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
 
 
-def _extrapolated(word: str, settings: Training, model_name: str, batch: TokenBatch, kinds: list[object]) -> int | None:
-    """The peak of a pass, from two short networks; None where they would not be shorter, or do not agree with what is
-    kept from the forward pass to the backward pass.
+def _extrapolated(shorter: Callable[[int], PassBytes], kinds: list[object]) -> int | None:
+    """The peak of a pass, from two networks of fewer layers; None where they would not be shorter, or do not agree with
+    what is kept from the forward pass to the backward pass.
     """
     if not kinds:
         return None
@@ -85,13 +110,20 @@ def _extrapolated(word: str, settings: Training, model_name: str, batch: TokenBa
     fewer = _FEWEST_LAYERS if period == 1 else 1
     if 2 * fewer + 1 >= periods:
         return None
-    first, second = (_short(word, settings, model_name, batch, n * period + rest) for n in (fewer, fewer + 1))
+    first, second = (shorter(n * period + rest) for n in (fewer, fewer + 1))
     grown = second.peak - first.peak
     return first.peak + grown * (periods - fewer) if grown == second.kept - first.kept else None
 
 
-def _short(word: str, settings: Training, model_name: str, batch: TokenBatch, layers: int) -> PassBytes:
+def _short(
+    word: str,
+    settings: Training,
+    model_name: str,
+    batch: TokenBatch,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: int,
+) -> PassBytes:
     settings = settings.model_copy(update={"parameter_groups": {}})  # whose patterns may name layers that are left out
-    short = Outlined(word, settings, model_name, layers=layers)
+    short = Outlined(word, settings, model_name, layers=layers, tokenizer=tokenizer)
     short.state.hold_all()
     return pass_bytes(short.state, batch, short.objective, offloaded=settings.offload_activations)

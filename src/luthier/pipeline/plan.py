@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.data.batches import StepPlan, TokenBatch, cut, pieces
 from luthier.data.prepare import Prepared
@@ -124,12 +124,15 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """A stage whose memory is asked for, on one machine and the data at hand, for any settings."""
+    """A stage whose memory is asked for, on one machine and the data at hand, for any settings. tokenizer: the model's,
+    where that has been read already.
+    """
 
     word: str
     model_name: str
     prepared: Prepared
     machine: Machine
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def plan(self, settings: Training) -> MemoryPlan:
         """With the micro-batches that the settings name, else with the largest of the usual size and its halves that
@@ -156,7 +159,7 @@ class Planner:
 
     def _plan(self, settings: Training, tokens: int) -> MemoryPlan:
         batch = largest_micro_batch(settings, self.prepared, tokens)
-        outlined, footprint = footprint_of(self.word, settings, self.model_name, batch)
+        outlined, footprint = footprint_of(self.word, settings, self.model_name, batch, tokenizer=self.tokenizer)
         model, dense = outlined.model, outlined.dense_bytes
         written = state_bytes(settings, footprint)
         footprint, offloaded = beside_model(footprint, settings.offload_optimizer, self.machine.device)
@@ -209,11 +212,10 @@ def plan_stage(
 
     Raises what preparing its data raises.
     """
-    prepared = _prepared(settings, model_name)
+    prepared, tokenizer = _prepared(settings, model_name)
     machine = Machine.here(default_device())
-    planner = Planner(
-        word, model_name, prepared, replace(machine, available_bytes=limit_bytes or machine.available_bytes)
-    )
+    machine = replace(machine, available_bytes=limit_bytes or machine.available_bytes)
+    planner = Planner(word, model_name, prepared, machine, tokenizer)
     planned = planner.plan(settings)
     return planned, None if planned.fits else planner.cheapest_change(settings)
 
@@ -244,11 +246,13 @@ def _steps(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> S
     return [plan.step(i) for i in range(plan.num_steps)]
 
 
-def _prepared(settings: Training, model_name: str) -> Prepared:
+def _prepared(settings: Training, model_name: str) -> tuple[Prepared, PreTrainedTokenizerBase]:
+    """The data, and the model's tokenizer without the tokens that the settings add."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = outline(model_name, dtype=settings.dtype, either=isinstance(settings, RewardModel))
+    tokenizer = model.tokenizer
     with tempfile.TemporaryDirectory() as folder:
-        return prepare_data(settings, model, Path(folder))
+        return prepare_data(settings, model, Path(folder)), tokenizer
 
 
 def _resident_weights(network: PreTrainedModel | None) -> int:

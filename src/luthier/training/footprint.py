@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from luthier.data.batches import TokenBatch
+from luthier.kernels.turns import counting_bytes
 from luthier.objectives.loss import Loss
 from luthier.training.offload import activations_on_host
 from luthier.training.state import TrainState
@@ -134,7 +135,7 @@ def pass_bytes(
         counter.leave(copy)
         return copy
 
-    with counter:
+    with counter, counting_bytes():
         with activations_on_host(state.network, gone) if offloaded else nullcontext():
             loss = objective(state.network, batch)
         mean = loss.per_unit.sum() / batch.count(loss.unit)
