@@ -8,17 +8,20 @@ import ctypes
 import gc
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-__all__ = ["again_with_less", "function_of_c", "ran_out", "release_freed_memory"]
+__all__ = ["again_with_less", "function_of_c", "on_release", "ran_out", "release_freed_memory"]
 
 _SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 _OF_ONEDNN = ("could not create a primitive", "could not create a memory object", "could not execute a primitive")
 
 T = TypeVar("T")
+
+_on_release: list[Callable[[], None]] = []
 
 
 def ran_out(error: BaseException) -> bool:
@@ -51,7 +54,19 @@ def again_with_less(work: Callable[[], T], give_way: Callable[[str], None]) -> T
         release_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        for action in _on_release:
+            action()
         give_way(said)
+
+
+@contextmanager
+def on_release(action: Callable[[], None]) -> Iterator[None]:
+    """Within the context `action` is done each time that memory has run out and what was freed has been given back."""
+    _on_release.append(action)
+    try:
+        yield
+    finally:
+        _on_release.remove(action)
 
 
 def release_freed_memory() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import subprocess
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from luthier.errors import CheckpointError, RecipeError
 from luthier.pipeline.reproduce import Manifest, reproduce
 from luthier.pipeline.run import run_recipe
 from luthier.recipe.document import parse_recipe
+from luthier.training import loop
 
 
 @pytest.fixture
@@ -127,3 +129,24 @@ def test_the_state_of_the_users_repository_is_kept(first: Path) -> None:
     reproduce(first)
     repository = json.loads(Path("first-again/manifest.json").read_text())["repository"]
     assert (len(repository["commit"]), repository["changed"]) == (40, True)
+
+
+def test_a_run_whose_memory_ran_out_says_so_when_it_is_had_once_more(
+    first: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps cut smaller halfway round otherwise from then on, and no recipe can name that."""
+    whole, calls = loop._add_gradients, count()
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == 5:
+            raise MemoryError
+        return whole(*arguments, **named)
+
+    assert json.loads(first.read_text())["shortages"] == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_add_gradients", failing)
+        reproduce(first, output="short")
+    ((stage, tokens),) = json.loads(Path("short/manifest.json").read_text())["shortages"].items()
+    with caplog.at_level(logging.WARNING):
+        reproduce(Path("short/manifest.json"))
+    assert f"memory ran out in {stage}, whose steps from then on were cut into {tokens} tokens" in caplog.text

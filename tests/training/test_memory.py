@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from luthier.shortage import ran_out
-from luthier.training.memory import within_free_memory
+from luthier.shortage import again_with_less, ran_out
+from luthier.training.memory import keep_freed_memory, within_free_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told how much a process may hold")
 
@@ -36,3 +36,27 @@ def test_a_bound_that_the_user_has_set_stays() -> None:
 def test_all_that_is_free_can_be_had() -> None:
     with within_free_memory(CPU):
         assert torch.empty(100 * MEBIBYTE, dtype=torch.uint8).nbytes
+
+
+def test_what_was_given_back_can_be_had_again_in_other_sizes() -> None:
+    """Pieces of a heap whose end is in use: their pages are given back, and their addresses go on counting."""
+    pins: list[bytearray] = []
+
+    def work() -> int:
+        if not pins:
+            held = []
+            while True:
+                held.append(torch.ones(16 * MEBIBYTE, dtype=torch.uint8))
+                pins.append(bytearray(100_000))
+        return torch.ones(200 * MEBIBYTE, dtype=torch.uint8).nbytes
+
+    told: list[str] = []
+
+    def give_way(said: str) -> None:
+        assert not told, said
+        told.append(said)
+
+    keep_freed_memory()
+    with within_free_memory(CPU, 400 * MEBIBYTE):
+        assert again_with_less(work, give_way) == 200 * MEBIBYTE
+    assert told

@@ -33,8 +33,17 @@ _PACKAGES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "n
 _SECONDS_FOR_GIT = 10
 
 
-def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], artifacts: Mapping[str, Any]) -> None:
-    """Writes it into the run's folder, whose stages are done."""
+def write_manifest(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    base: Mapping[str, str],
+    artifacts: Mapping[str, Any],
+    shortages: Mapping[str, int],
+) -> None:
+    """Writes it into the run's folder, whose stages are done. shortages: by stage, the bound on its micro-batches once
+    memory had run out, where it did.
+    """
     names = [f"{index:02d}-{stage.word}" for index, stage in enumerate(recipe.stages)]
     manifest = {
         "recipe": dump_recipe(recipe),
@@ -46,6 +55,7 @@ def write_manifest(folder: Path, recipe: Recipe, *, base: Mapping[str, str], art
         "data": {name: digest for stage in recipe.stages for name, digest in data_hashes(stage.settings).items()},
         "artifacts": dict(artifacts),
         "micro_batch_tokens": {name: _micro_batch_tokens(folder / name / PLAN) for name in names},
+        "shortages": dict(shortages),
     }
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 

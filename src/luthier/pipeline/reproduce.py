@@ -74,6 +74,8 @@ class Manifest:
         found = []
         for then, now in ((self.content["versions"], versions()), (self.content["hardware"], hardware())):
             found += [f"{name} {now.get(name)}, then {value}" for name, value in then.items() if now.get(name) != value]
+        for stage, tokens in self.content.get("shortages", {}).items():
+            found.append(f"memory ran out in {stage}, whose steps from then on were cut into {tokens} tokens")
         return found
 
 

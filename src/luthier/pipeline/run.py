@@ -136,6 +136,7 @@ def _run_rounds(
         steps=sum(one.steps for one in summaries),
         seconds=sum(one.seconds for one in summaries),
         tokens=sum(one.tokens for one in summaries),
+        cut_to_tokens=min((one.cut_to_tokens for one in summaries if one.cut_to_tokens), default=None),
         energy_joules=_sum_of_all([one.energy_joules for one in summaries]),
     )
     write_summary(folder, summary)
@@ -162,7 +163,7 @@ def _hand_over(stage: Stage, model: Model, folder: Path, destination: Path) -> N
 
 def _describe(output: Path, recipe: Recipe) -> None:
     base = resolve(recipe.model)
-    artifacts = {}
+    artifacts, shortages = {}, {}
     parent = f"{recipe.model}"
     for index, stage in enumerate(recipe.stages):
         name = f"{index:02d}-{stage.word}"
@@ -170,6 +171,8 @@ def _describe(output: Path, recipe: Recipe) -> None:
         made = {"sha256": file_hash(adapter)} if adapter.exists() else {}
         artifacts[f"{name}/adapter" if made else name] = {"parent": parent, **made}
         parent = name
+        if (tokens := read_summary(output / name).cut_to_tokens) is not None:
+            shortages[name] = tokens
     if (output / "model").is_dir():
         artifacts["model"] = {"parent": parent, "sha256": weights_hash(output / "model")}
     write_manifest(
@@ -177,4 +180,5 @@ def _describe(output: Path, recipe: Recipe) -> None:
         recipe,
         base={"name": recipe.model, "sha256": weights_hash(base.folder)},
         artifacts=artifacts,
+        shortages=shortages,
     )

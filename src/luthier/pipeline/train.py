@@ -67,8 +67,8 @@ class Summary:
 
     folder: the stage's own, with metrics, checkpoints and adapter.  counts: where the rows went, as `Counts` names it.
     spikes: steps left out for a spike in their gradient. left_out_steps: those that the run went back before.
-    seconds, energy_joules: of all its steps and evaluations, also before an interruption; the latter where the machine
-    tells it.
+    cut_to_tokens: the bound on a micro-batch once memory had run out; None where it never did. seconds, energy_joules:
+    of all its steps and evaluations, also before an interruption; the latter where the machine tells it.
     """
 
     folder: str
@@ -85,6 +85,7 @@ class Summary:
     counts: dict[str, int]
     spikes: int
     left_out_steps: int
+    cut_to_tokens: int | None = None
     energy_joules: float | None = None
 
 
@@ -313,6 +314,7 @@ def _summary(run: Run, prepared: Prepared, folder: Path) -> Summary:
         counts=asdict(prepared.counts),
         spikes=run.state.progress.spikes,
         left_out_steps=len(run.state.progress.left_out),
+        cut_to_tokens=run.state.progress.micro_batch_tokens,
         energy_joules=total_of(lines, "energy_joules"),
     )
     write_summary(folder, summary)

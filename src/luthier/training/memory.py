@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from luthier.shortage import function_of_c
+from luthier.shortage import function_of_c, on_release
 
 if sys.platform == "linux":
     import resource
@@ -70,18 +70,25 @@ def within_free_memory(device: torch.device, free_bytes: int | None = None) -> I
     the process once it is used. On a GPU, and elsewhere than on Linux, allocations fail by themselves, or cannot be
     made to.
 
-    free_bytes: what is free; None to look. A lower bound of the user's (`ulimit -d`) stays.
+    free_bytes: what is free; None to look. A lower bound of the user's (`ulimit -d`) stays. The system counts addresses
+    and no pages, so what was promised and given back since counts on: where memory runs out, the bound is set anew.
     """
     if sys.platform != "linux" or device.type != "cpu":
         yield
         return
     bounds = resource.getrlimit(resource.RLIMIT_DATA)
-    free = available_bytes(device) - resident_bytes() if free_bytes is None else free_bytes
-    bound = _of_status("VmData") + free
     given = [one for one in bounds if one != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(bound, *given), bounds[1]) if given else (bound, bounds[1]))
+    in_all = None if free_bytes is None else resident_bytes() + free_bytes
+
+    def bind() -> None:
+        free = (available_bytes(device) if in_all is None else in_all) - resident_bytes()
+        bound = min(_of_status("VmData") + free, *given) if given else _of_status("VmData") + free
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bounds[1]))
+
+    bind()
     try:
-        yield
+        with on_release(bind):
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, bounds)
 
