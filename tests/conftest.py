@@ -36,7 +36,7 @@ def _one_thread() -> None:
 class _StopAt:
     """Interrupts a run once a step is computed and not yet saved."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int | None) -> None:
         self.step = step
 
     def on_start(self, step: int, num_steps: int) -> None: ...
@@ -49,8 +49,8 @@ class _StopAt:
 
 
 @pytest.fixture(scope="session")
-def stop_at() -> Callable[[int], Callback]:
-    """A callback that interrupts a run once a step, counted from 1, is computed and not yet saved."""
+def stop_at() -> Callable[[int | None], Callback]:
+    """A callback that interrupts a run once a step, counted from 1, is computed and not yet saved; None for no step."""
     return _StopAt
 
 

@@ -1,6 +1,5 @@
 """Stages in eight bits: the model itself, adapters, preferences and policies learn, and leave a model as any."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,21 +19,6 @@ from luthier.recipe import SFT, Recipe, parse_recipe
 from luthier.training.callbacks import Callback, read_metrics
 
 STAGE = "sft: {data: ROWS, eval_data: ROWS, epochs: 4, batch_size: 4, learning_rate: 1e-3, adapter: ADAPTER, fp8: FP8}"
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{i}?", "answer": f"{i}{i}."}) + "\n" for i in range(12)))
-    return path
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"{i}?", "chosen": f"{i}{i}.", "rejected": "no"} for i in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def recipe(base: Path, output: Path, stage: str) -> Recipe:

@@ -1,6 +1,5 @@
 """Recipes in fp16 on a CPU: the model itself, adapters, quantized bases and other stages learn as in fp32."""
 
-import json
 import math
 from pathlib import Path
 
@@ -14,21 +13,6 @@ from luthier.recipe import Recipe, parse_recipe
 from luthier.training.callbacks import read_metrics
 
 SFT = "sft: {data: ROWS, eval_data: ROWS, epochs: 4, batch_size: 4, learning_rate: 1e-3, adapter: ADAPTER}"
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{i}?", "answer": f"{i}{i}."}) + "\n" for i in range(12)))
-    return path
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"{i}?", "chosen": f"{i}{i}.", "rejected": "no"} for i in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def recipe(base: Path, output: Path, stage: str, *, dtype: str = "fp16") -> Recipe:

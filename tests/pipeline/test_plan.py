@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from luthier.cli.plan import command
 from luthier.models.load import load
-from luthier.pipeline.plan import Machine, Planner, largest_micro_batch, plan_stage
+from luthier.pipeline.plan import DeviceMemory, Planner, largest_micro_batch, plan_stage
 from luthier.pipeline.prepare import prepare_data
 from luthier.pipeline.sealed import read_sealed, write_sealed
 from luthier.pipeline.train import train
@@ -28,7 +28,7 @@ def settings(chat_model: Path, tmp_path: Path) -> SFT:
 def planner(settings: SFT, folder: Path, available_bytes: int = 10**12) -> Planner:
     """For a process that holds nothing, on a machine of so much memory."""
     prepared = prepare_data(settings, load(settings.model), folder)
-    return Planner("sft", settings.model, prepared, Machine(torch.device("cpu"), 0, available_bytes))
+    return Planner("sft", settings.model, prepared, DeviceMemory(torch.device("cpu"), 0, available_bytes))
 
 
 def test_the_peak_is_the_sum_of_the_parts_or_the_loading(settings: SFT) -> None:

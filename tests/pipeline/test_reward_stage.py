@@ -1,6 +1,7 @@
 """The reward stage: it learns, and leaves a model that Luthier and transformers read alike."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import luthier as lt
 from luthier.errors import ModelError
 from luthier.pipeline.run import run_recipe
 from luthier.recipe.document import Recipe
-from luthier.training.callbacks import read_metrics
+from luthier.training.callbacks import Callback, read_metrics
 
 CHATS = [
     [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": answer}]
@@ -113,20 +114,15 @@ def test_from_python_the_network_gets_a_head_and_is_saved_with_it(chat_model: Pa
     torch.testing.assert_close(torch.tensor(live), torch.tensor(kept), rtol=0, atol=1e-5)
 
 
-def test_a_reward_stage_that_fails_leaves_the_language_model(chat_model: Path, tmp_path: Path) -> None:
-    class Stop:
-        def on_start(self, step: int, num_steps: int) -> None: ...
-        def on_metrics(self, metrics: dict[str, object]) -> None:
-            raise KeyboardInterrupt
-
-        def on_end(self) -> None: ...
-
+def test_a_reward_stage_that_fails_leaves_the_language_model(
+    chat_model: Path, tmp_path: Path, stop_at: Callable[[int], Callback]
+) -> None:
     settings = recipe_of(chat_model, tmp_path, max_steps=2).stages[0].settings
     model = lt.load(str(chat_model))
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         before = model.network(ids).logits
     with pytest.raises(KeyboardInterrupt):
-        lt.reward(model, data=settings.data, callbacks=[Stop()], output=str(tmp_path / "py"))  # type: ignore[attr-defined]
+        lt.reward(model, data=settings.data, callbacks=[stop_at(1)], output=str(tmp_path / "py"))  # type: ignore[attr-defined]
     with torch.no_grad():
         assert torch.equal(model.network(ids).logits, before)

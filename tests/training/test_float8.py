@@ -20,7 +20,7 @@ from luthier.models.fuse import fuse
 from luthier.objectives.loss import Loss
 from luthier.recipe.adapters import LoRA
 from luthier.recipe.precision import FP8, CurrentFP8, DelayedFP8
-from luthier.training.callbacks import Metrics, MetricsFile, read_metrics
+from luthier.training.callbacks import Callback, Metrics, MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.float8 import ScalesFile
 from luthier.training.footprint import step_footprint
@@ -52,21 +52,6 @@ def network(fp8: FP8 | None = None, *, adapter: bool = False, dtype: torch.dtype
 
 def seen(run: Run) -> dict[str, Tensor]:
     return {name: windows.seen.clone() for name, windows in float8_layers(run.state.network).items()}
-
-
-class Stop:
-    """Interrupts the run when step `at` is told of, before it is saved."""
-
-    def __init__(self, at: int | None) -> None:
-        self.at = at
-
-    def on_start(self, step: int, num_steps: int) -> None: ...
-
-    def on_metrics(self, metrics: Metrics) -> None:
-        if metrics["step"] == self.at:
-            raise KeyboardInterrupt
-
-    def on_end(self) -> None: ...
 
 
 def test_a_step_moves_each_window_once_and_tells_of_the_scales_that_it_used(run_of: RunOf) -> None:
@@ -137,7 +122,12 @@ def test_a_step_that_is_tried_again_in_smaller_pieces_notes_nothing_of_the_first
 
 @pytest.mark.parametrize(("fp8", "adapter"), [(KINDS[0], False), (KINDS[1], True)])
 def test_a_run_that_goes_on_is_the_uninterrupted_one_to_the_bit(
-    run_of: RunOf, rows_of: Callable, tmp_path: Path, fp8: FP8, adapter: bool
+    run_of: RunOf,
+    rows_of: Callable,
+    stop_at: Callable[[int | None], Callback],
+    tmp_path: Path,
+    fp8: FP8,
+    adapter: bool,
 ) -> None:
     def ended(folder: Path, *stops: int | None) -> tuple[dict[str, Tensor], list[list[Metrics]]]:
         for at in stops:
@@ -145,7 +135,7 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one_to_the_bit(
             files = [MetricsFile(folder / "metrics.jsonl"), ScalesFile(folder / "fp8.jsonl", made)]
             saved = Checkpoints(folder / "checkpoints", keep_last=2, fingerprint="one")
             given = {"eval_fraction": 0.1, "eval_every": 2, "save_every": 2, "eval_items": rows_of(4)}
-            run = run_of(network=made, checkpoints=saved, callbacks=[*files, Stop(at)], **given)
+            run = run_of(network=made, checkpoints=saved, callbacks=[*files, stop_at(at)], **given)
             if found := saved.latest():
                 saved.load(found, run.state)
             if at is None:

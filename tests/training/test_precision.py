@@ -15,7 +15,7 @@ from luthier.data.sequences import TokenSequence
 from luthier.errors import TrainingError
 from luthier.models.attention import ATTENTION, register_attention
 from luthier.objectives.loss import Loss
-from luthier.training.callbacks import Metrics
+from luthier.training.callbacks import Callback
 from luthier.training.checkpoints import Checkpoints, load_trained
 from luthier.training.loop import fit, step_gradients, train_step
 from luthier.training.optimizers import make_optimizer
@@ -193,17 +193,10 @@ def test_the_curve_is_that_of_float32(run_of: RunOf) -> None:
     assert curves["bf16"] == pytest.approx(curves["fp32"], rel=2**-8)
 
 
-def test_a_resumed_run_is_the_run_that_was_not_stopped(run_of: RunOf, tmp_path: Path) -> None:
-    class Stop:
-        def on_start(self, step: int, num_steps: int) -> None: ...
-
-        def on_metrics(self, metrics: Metrics) -> None:
-            if metrics["step"] == 4:
-                raise KeyboardInterrupt
-
-        def on_end(self) -> None: ...
-
-    def run(folder: str, *callbacks: Stop) -> Run:
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    run_of: RunOf, stop_at: Callable[[int], Callback], tmp_path: Path
+) -> None:
+    def run(folder: str, *callbacks: Callback) -> Run:
         checkpoints = Checkpoints(tmp_path / folder, keep_last=2, fingerprint="one")
         settings = {"learning_rate": 1e-5, "save_every": 3, "checkpoints": checkpoints, "callbacks": callbacks}
         made = run_of(
@@ -216,7 +209,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(run_of: RunOf, tmp_path: 
     whole = run("whole")
     fit(whole)
     with pytest.raises(KeyboardInterrupt):
-        fit(run("stopped", Stop()))
+        fit(run("stopped", stop_at(4)))
     resumed = run("stopped")
     assert resumed.state.progress.step == 3
     fit(resumed)

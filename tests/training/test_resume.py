@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from luthier.data.sequences import TokenSequence
-from luthier.training.callbacks import Metrics, MetricsFile, read_metrics
+from luthier.training.callbacks import Callback, Metrics, MetricsFile, read_metrics
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import fit
 from luthier.training.run import Run
@@ -24,26 +24,11 @@ MEASURED = {"seconds", "tokens_per_second", "memory_bytes"}
 DRIVER = Path(__file__).with_name("killed_run.py")
 
 
-class Stop:
-    """Interrupts the run when step `at` is told of, before it is saved."""
-
-    def __init__(self, at: int | None) -> None:
-        self.at = at
-
-    def on_start(self, step: int, num_steps: int) -> None:
-        pass
-
-    def on_metrics(self, metrics: Metrics) -> None:
-        if metrics["step"] == self.at:
-            raise KeyboardInterrupt
-
-    def on_end(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
-def go_on(run_of: RunOf, rows_of: RowsOf) -> Callable[..., tuple[dict[str, Tensor], list[Metrics]]]:
-    def go_on(folder: Path, *, stop_at: int | None, save_every: int) -> tuple[dict[str, Tensor], list[Metrics]]:
+def go_on(
+    run_of: RunOf, rows_of: RowsOf, stop_at: Callable[[int | None], Callback]
+) -> Callable[..., tuple[dict[str, Tensor], list[Metrics]]]:
+    def go_on(folder: Path, *, stop: int | None, save_every: int) -> tuple[dict[str, Tensor], list[Metrics]]:
         """From the newest checkpoint to the end or to the interruption: final tensors, and metrics so far."""
         run = run_of(
             dropout=0.1,
@@ -54,12 +39,12 @@ def go_on(run_of: RunOf, rows_of: RowsOf) -> Callable[..., tuple[dict[str, Tenso
             save_every=save_every,
             checkpoints=Checkpoints(folder / "checkpoints", keep_last=2, fingerprint="one"),
             eval_items=rows_of(4),
-            callbacks=[MetricsFile(folder / "metrics.jsonl"), Stop(stop_at)],
+            callbacks=[MetricsFile(folder / "metrics.jsonl"), stop_at(stop)],
         )
         assert run.checkpoints is not None
         if found := run.checkpoints.latest():
             run.checkpoints.load(found, run.state)
-        if stop_at is None:
+        if stop is None:
             fit(run)
         else:
             with pytest.raises(KeyboardInterrupt):
@@ -78,11 +63,11 @@ def test_a_run_interrupted_at_any_steps_ends_as_the_one_that_was_not(
     stops: list[int],
     save_every: int,
 ) -> None:
-    tensors, lines = go_on(tmp_path_factory.mktemp("whole"), stop_at=None, save_every=save_every)
+    tensors, lines = go_on(tmp_path_factory.mktemp("whole"), stop=None, save_every=save_every)
     folder = tmp_path_factory.mktemp("stopped")
-    for stop_at in stops:
-        go_on(folder, stop_at=stop_at, save_every=save_every)
-    found, found_lines = go_on(folder, stop_at=None, save_every=save_every)
+    for stop in stops:
+        go_on(folder, stop=stop, save_every=save_every)
+    found, found_lines = go_on(folder, stop=None, save_every=save_every)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(value, tensors[name]) for name, value in found.items())
     assert found_lines == lines
@@ -91,8 +76,8 @@ def test_a_run_interrupted_at_any_steps_ends_as_the_one_that_was_not(
 def test_a_run_that_is_over_stays_as_it_is(
     go_on: Callable[..., tuple[dict[str, Tensor], list[Metrics]]], tmp_path: Path
 ) -> None:
-    first, lines = go_on(tmp_path, stop_at=None, save_every=1)
-    again, lines_again = go_on(tmp_path, stop_at=None, save_every=1)
+    first, lines = go_on(tmp_path, stop=None, save_every=1)
+    again, lines_again = go_on(tmp_path, stop=None, save_every=1)
     assert lines_again == lines
     assert all(torch.equal(value, first[name]) for name, value in again.items())
 

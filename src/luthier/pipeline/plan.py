@@ -36,7 +36,7 @@ from luthier.training.offload_state import beside_model, room_in
 __all__ = [
     "FIRST_MICRO_BATCH_TOKENS",
     "Change",
-    "Machine",
+    "DeviceMemory",
     "MemoryPlan",
     "Planner",
     "largest_micro_batch",
@@ -106,7 +106,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class DeviceMemory:
     """Where a stage shall run. process_bytes: what the process holds besides the network. available_bytes: what it may
     hold in all.
     """
@@ -116,7 +116,7 @@ class Machine:
     available_bytes: int
 
     @classmethod
-    def here(cls, device: torch.device, network: PreTrainedModel | None = None) -> "Machine":
+    def here(cls, device: torch.device, network: PreTrainedModel | None = None) -> "DeviceMemory":
         """This machine, with this process. network: one that the process has loaded already."""
         process = 0 if device.type != "cpu" else resident_bytes() - _resident_weights(network)
         return cls(device, process, available_bytes(device))
@@ -131,7 +131,7 @@ class Planner:
     word: str
     model_name: str
     prepared: Prepared
-    machine: Machine
+    machine: DeviceMemory
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def plan(self, settings: Training) -> MemoryPlan:
@@ -213,7 +213,7 @@ def plan_stage(
     Raises what preparing its data raises.
     """
     prepared, tokenizer = _prepared(settings, model_name)
-    machine = Machine.here(default_device())
+    machine = DeviceMemory.here(default_device())
     machine = replace(machine, available_bytes=limit_bytes or machine.available_bytes)
     planner = Planner(word, model_name, prepared, machine, tokenizer)
     planned = planner.plan(settings)

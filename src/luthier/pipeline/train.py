@@ -31,7 +31,7 @@ from luthier.pipeline.forgetting import general_data, watch_forgetting
 from luthier.pipeline.live import store_adapter
 from luthier.pipeline.manifest import PLAN, kept_plan, rewards_of
 from luthier.pipeline.on_policy import on_rollouts, remove_others
-from luthier.pipeline.plan import Machine, Planner, largest_micro_batch
+from luthier.pipeline.plan import DeviceMemory, Planner, largest_micro_batch
 from luthier.pipeline.policy import COLUMNS
 from luthier.pipeline.prepare import fresh_state, prepare_data, prepare_network
 from luthier.pipeline.prompts import PreparedPrompts, digest_of_prompts
@@ -246,7 +246,7 @@ def _micro_batch_tokens(word: str, settings: Training, model: Model, prepared: P
     path = folder / PLAN
     if settings.resume and path.exists():
         return int(kept_plan(path)["micro_batch_tokens"])
-    planner = Planner(word, str(model.source.folder), prepared, Machine.here(model.device, model.network))
+    planner = Planner(word, str(model.source.folder), prepared, DeviceMemory.here(model.device, model.network))
     planned = planner.plan(settings)
     if not planned.fits:
         raise RecipeError(planned.sentence(planner.cheapest_change(settings)))
