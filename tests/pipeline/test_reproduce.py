@@ -134,7 +134,7 @@ def test_the_state_of_the_users_repository_is_kept(first: Path) -> None:
 def test_a_run_whose_memory_ran_out_says_so_when_it_is_had_once_more(
     first: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Steps cut smaller halfway round otherwise from then on, and no recipe can name that."""
+    """Steps cut smaller halfway draw other dropout from then on, and no recipe can name that."""
     whole, calls = loop._add_gradients, count()
 
     def failing(*arguments: Any, **named: Any) -> Any:
@@ -149,4 +149,4 @@ def test_a_run_whose_memory_ran_out_says_so_when_it_is_had_once_more(
     ((stage, tokens),) = json.loads(Path("short/manifest.json").read_text())["shortages"].items()
     with caplog.at_level(logging.WARNING):
         reproduce(Path("short/manifest.json"))
-    assert f"memory ran out in {stage}, whose steps from then on were cut into {tokens} tokens" in caplog.text
+    assert f"memory ran out in {stage}, whose micro-batches then had up to {tokens} tokens" in caplog.text

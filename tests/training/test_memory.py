@@ -1,16 +1,25 @@
 """An allocation that the machine has no memory for fails, and is no end."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 
-from luthier.shortage import again_with_less, ran_out
-from luthier.training.memory import keep_freed_memory, within_free_memory
+from luthier.shortage import again_with_less, ran_out, release_freed_memory
+from luthier.training.memory import keep_freed_memory, resident_bytes, within_free_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told how much a process may hold")
 
 CPU, MEBIBYTE = torch.device("cpu"), 2**20
+
+
+@pytest.fixture(autouse=True)
+def _as_a_run_sets_it() -> Iterator[None]:
+    keep_freed_memory()
+    yield
+    keep_freed_memory()
 
 
 def test_what_is_not_free_cannot_be_had_and_what_is_can() -> None:
@@ -56,7 +65,27 @@ def test_what_was_given_back_can_be_had_again_in_other_sizes() -> None:
         assert not told, said
         told.append(said)
 
-    keep_freed_memory()
     with within_free_memory(CPU, 400 * MEBIBYTE):
         assert again_with_less(work, give_way) == 200 * MEBIBYTE
     assert told
+
+
+def test_holes_of_the_heap_count_as_memory_that_is_free() -> None:
+    """They are filled without asking the system, so what it may still promise is less by them."""
+    _, pins = filled(at_most=40)
+    release_freed_memory()
+    start = resident_bytes()
+    with within_free_memory(CPU, 600 * MEBIBYTE):
+        most, _ = filled()
+    assert 500 * MEBIBYTE < most - start < 650 * MEBIBYTE
+    assert len(pins) == 40
+
+
+def filled(at_most: int = 10_000) -> tuple[int, list[bytearray]]:
+    """The resident set with as many pieces of 8 MiB as there is memory for; and what keeps their places apart."""
+    pieces, pins = [], []
+    with suppress(RuntimeError):
+        while len(pieces) < at_most:
+            pieces.append(torch.ones(8 * MEBIBYTE, dtype=torch.uint8))
+            pins.append(bytearray(100_000))
+    return resident_bytes(), pins

@@ -111,10 +111,12 @@ def _places(segments: Segments) -> list[tuple[slice, slice]]:
     ]
 
 
-def _sizes(place: tuple[slice, slice]) -> tuple[int, int]:
-    """Of a segment and of what it goes on from, as they are made up."""
-    own, before = (part.stop - part.start + -(part.stop - part.start) % BLOCK_MULTIPLE for part in place)
-    return own, before
+def _sizes(place: tuple[slice, slice]) -> tuple[int, ...]:
+    """What the bytes of a segment's turn grow with: its tokens and those that it goes on from, as they are made up, and
+    whether its own need no making up, for then they keep the stream's strides and are copied once more.
+    """
+    own, before = (part.stop - part.start for part in place)
+    return own + -own % BLOCK_MULTIPLE, before + -before % BLOCK_MULTIPLE, own % BLOCK_MULTIPLE == 0
 
 
 def _blocks(tokens: int) -> list[slice]:

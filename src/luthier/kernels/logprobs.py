@@ -237,7 +237,7 @@ def _score(
 
 def _score_few(
     products: Tensor,
-    few: slice,
+    rows: slice,
     targets: Tensor,
     options: HeadOptions,
     own: _Own | None,
@@ -246,7 +246,7 @@ def _score_few(
     of_entropy: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As `_score`, of rows that are so few that they stay in the cache; targets and of_entropy are theirs alone."""
-    logits = logits_of(products[few] if own is None else own.join(products[few], few), options)
+    logits = logits_of(products[rows] if own is None else own.join(products[rows], rows), options)
     target, peak = targets[:, None], logits.amax(-1, keepdim=True)
     minus_softmax = (logits - peak).exp_()
     total = minus_softmax.sum(-1, keepdim=True)
@@ -260,7 +260,7 @@ def _score_few(
     if differentiate:
         gradient = minus_softmax.scatter_add_(-1, target, torch.ones_like(normalizer))
         gradient = _logits_gradient(gradient, logits, options)
-        products[few] = gradient if own is None else own.separate(gradient, few, products.shape[1])
+        products[rows] = gradient if own is None else own.separate(gradient, rows, products.shape[1])
     return logprobs, entropy
 
 

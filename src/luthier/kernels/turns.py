@@ -1,8 +1,8 @@
 """The turns of a loop over parts of a tensor, of which a memory plan needs only the largest.
 
-A turn gives back what it takes, and one that is nowhere smaller takes no less; so where only bytes are counted, the
-turns that another one covers say nothing. A plan's operations cost a hundred microseconds each whatever their size, and
-the loops over blocks of queries and rows of logits are three of every four.
+A turn gives back what it takes. Where it takes no less than another one that is nowhere greater, by the sizes that the
+loop names, only the greatest tell how many bytes the loop needs. A plan's operations cost a hundred microseconds each
+whatever their size, and those of the loops over blocks of queries and rows of logits are three of every four.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,10 @@ def counting_bytes() -> Iterator[None]:
 
 
 def turns(parts: Sequence[T], sizes: Callable[[T], tuple[int, ...]], *, over: Tensor) -> Sequence[T]:
-    """The parts; where bytes are counted, and `over` has no values, only those that none covers in all of its sizes."""
+    """The parts; where bytes are counted, and `over` has no values, only those that none covers in all of its sizes.
+
+    sizes: all that a turn's bytes grow with; of two parts with equal ones the turns take the same.
+    """
     if not (_counting.get() and isinstance(over, FakeTensor)):
         return parts
     by_sizes = {sizes(part): part for part in parts}

@@ -130,7 +130,7 @@ def outline(
     if not either:
         _refuse_rewards(source)
     with _readable(source):
-        config, tokenizer = config_of(source), tokenizer or _tokenizer(source)
+        config, tokenizer = config_of(source), _tokenizer(source) if tokenizer is None else tokenizer
         if layers is not None:
             _keep_first(config.get_text_config(), layers)
         network = network_class(config).from_config(

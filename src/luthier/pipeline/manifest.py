@@ -1,8 +1,8 @@
 """manifest.json: what a run was made of and what came of it, so that a result can be traced, and had once more.
 
 It holds the whole recipe, versions, hardware, the state of the user's repository, hashes of data, base model and
-artifacts, and how each stage's steps were cut; and nothing that differs from run to run, as times do, which stand in
-each stage's summary.json.
+artifacts, and how each stage's steps were cut, also once memory had run out; and nothing that differs from run to run
+otherwise, as times do, which stand in each stage's summary.json.
 """
 
 import json
@@ -42,7 +42,7 @@ def write_manifest(
     shortages: Mapping[str, int],
 ) -> None:
     """Writes it into the run's folder, whose stages are done. shortages: by stage, the bound on its micro-batches once
-    memory had run out, where it did.
+    memory had run out while it learned or evaluated, where it did.
     """
     names = [f"{index:02d}-{stage.word}" for index, stage in enumerate(recipe.stages)]
     manifest = {

@@ -131,14 +131,14 @@ class Planner:
     word: str
     model_name: str
     prepared: Prepared
-    machine: DeviceMemory
+    memory: DeviceMemory
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def plan(self, settings: Training) -> MemoryPlan:
         """With the micro-batches that the settings name, else with the largest of the usual size and its halves that
         fit.
         """
-        tokens = settings.micro_batch_tokens or FIRST_MICRO_BATCH_TOKENS.get(self.machine.device.type, 8192)
+        tokens = settings.micro_batch_tokens or FIRST_MICRO_BATCH_TOKENS.get(self.memory.device.type, 8192)
         planned = self._plan(settings, tokens)
         while not planned.fits and settings.micro_batch_tokens is None and tokens > self._smallest:
             tokens = max(tokens // 2, self._smallest)
@@ -162,8 +162,8 @@ class Planner:
         outlined, footprint = footprint_of(self.word, settings, self.model_name, batch, tokenizer=self.tokenizer)
         model, dense = outlined.model, outlined.dense_bytes
         written = state_bytes(settings, footprint)
-        footprint, offloaded = beside_model(footprint, settings.offload_optimizer, self.machine.device)
-        process, on_cpu = self.machine.process_bytes, self.machine.device.type == "cpu"
+        footprint, offloaded = beside_model(footprint, settings.offload_optimizer, self.memory.device)
+        process, on_cpu = self.memory.process_bytes, self.memory.device.type == "cpu"
         mapped = sum(file.stat().st_size for file in model.source.folder.glob("*.safetensors"))
         also_mapped = mapped if on_cpu and settings.dtype != "fp32" else 0
         lost = self._lost_bytes(settings, footprint, tokens)
@@ -180,7 +180,7 @@ class Planner:
             + dense
             + footprint.weights * bool(settings.quantize_base)
             + max(also_mapped, _reference_bytes(settings)),
-            available_bytes=self.machine.available_bytes,
+            available_bytes=self.memory.available_bytes,
             state_bytes=written,
             offloaded_bytes=offloaded,
             offloaded_room_bytes=room_in(settings.offload_optimizer, Path(settings.output)) if offloaded else 0,
@@ -196,7 +196,7 @@ class Planner:
 
     def _lost_bytes(self, settings: Training, footprint: Footprint, tokens: int) -> int:
         """What is held besides tensors while training."""
-        if self.machine.device.type != "cpu":
+        if self.memory.device.type != "cpu":
             return int(HOLES_ON_GPU * (footprint.activations + footprint.gradients))
         steps = _steps(settings, self.prepared, tokens)
         several = sum(sum(map(len, step)) > tokens for step in steps) / len(steps) if settings.packing else 0.0
@@ -213,9 +213,9 @@ def plan_stage(
     Raises what preparing its data raises.
     """
     prepared, tokenizer = _prepared(settings, model_name)
-    machine = DeviceMemory.here(default_device())
-    machine = replace(machine, available_bytes=limit_bytes or machine.available_bytes)
-    planner = Planner(word, model_name, prepared, machine, tokenizer)
+    memory = DeviceMemory.here(default_device())
+    memory = replace(memory, available_bytes=limit_bytes or memory.available_bytes)
+    planner = Planner(word, model_name, prepared, memory, tokenizer)
     planned = planner.plan(settings)
     return planned, None if planned.fits else planner.cheapest_change(settings)
 
@@ -247,7 +247,7 @@ def _steps(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> S
 
 
 def _prepared(settings: Training, model_name: str) -> tuple[Prepared, PreTrainedTokenizerBase]:
-    """The data, and the model's tokenizer without the tokens that the settings add."""
+    """The data, and the model's tokenizer without the tokens that the settings add, though with their template."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = outline(model_name, dtype=settings.dtype, either=isinstance(settings, RewardModel))
     tokenizer = model.tokenizer

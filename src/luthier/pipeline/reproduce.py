@@ -1,7 +1,8 @@
 """A run had once more from its manifest: the same recipe, on what has the same hashes, cut into the same pieces.
 
-On the same versions, machine and number of threads every artifact comes out with the same bytes, and that is looked at
-when the run is over. Elsewhere sums round otherwise; what differs is said before the run begins.
+On the same versions, machine and number of threads every artifact comes out with the same bytes, unless memory ran out
+on the way, and that is looked at when the run is over. Elsewhere sums round otherwise; what differs is said before the
+run begins.
 """
 
 import json
@@ -74,9 +75,12 @@ class Manifest:
         found = []
         for then, now in ((self.content["versions"], versions()), (self.content["hardware"], hardware())):
             found += [f"{name} {now.get(name)}, then {value}" for name, value in then.items() if now.get(name) != value]
-        for stage, tokens in self.content.get("shortages", {}).items():
-            found.append(f"memory ran out in {stage}, whose steps from then on were cut into {tokens} tokens")
         return found
+
+    def shortages(self) -> list[str]:
+        """Where memory ran out in the run, from when on its steps were cut smaller than a recipe can say."""
+        found = self.content.get("shortages", {}).items()
+        return [f"in {stage}, whose micro-batches then had up to {tokens} tokens" for stage, tokens in found]
 
 
 def reproduce(
@@ -92,6 +96,8 @@ def reproduce(
     with _threads(manifest.content["hardware"].get("threads")):
         if differing := manifest.differing():
             logger.warning("numbers may differ in their last digits: %s", "; ".join(differing))
+        if shortages := manifest.shortages():
+            logger.warning("memory ran out %s: the same bytes cannot be had again", "; ".join(shortages))
         summaries = run_recipe(recipe, listeners=listeners)
     made = Manifest.read(Path(recipe.output) / "manifest.json").content["artifacts"]
     hashed = {name: entry["sha256"] for name, entry in manifest.content["artifacts"].items() if "sha256" in entry}

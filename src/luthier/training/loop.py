@@ -205,6 +205,7 @@ def _add_gradients(
         mean = loss.per_unit.sum() / num_units
         backward(mean, scale)
         add_up(totals, {"loss": mean.detach(), **loss.kept})
+        del loss, mean  # with their graph, before the next one grows
     return totals
 
 

@@ -1,5 +1,6 @@
 """How much memory the process holds and may hold, and how the C library is told to keep it."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from luthier.shortage import function_of_c, on_release
+from luthier.shortage import function_of_c, on_release, release_freed_memory
 
 if sys.platform == "linux":
     import resource
@@ -71,7 +72,9 @@ def within_free_memory(device: torch.device, free_bytes: int | None = None) -> I
     made to.
 
     free_bytes: what is free; None to look. A lower bound of the user's (`ulimit -d`) stays. The system counts addresses
-    and no pages, so what was promised and given back since counts on: where memory runs out, the bound is set anew.
+    and no pages, and holes of the heap have addresses whose pages were given back. In the beginning they count as free
+    memory that is there already, for tensors go into them. Once memory has run out the bound is set anew without them,
+    or what is larger than each could never be had; what fills them then comes on top.
     """
     if sys.platform != "linux" or device.type != "cpu":
         yield
@@ -80,12 +83,13 @@ def within_free_memory(device: torch.device, free_bytes: int | None = None) -> I
     given = [one for one in bounds if one != resource.RLIM_INFINITY]
     in_all = None if free_bytes is None else resident_bytes() + free_bytes
 
-    def bind() -> None:
+    def bind(holes: int = 0) -> None:
         free = (available_bytes(device) if in_all is None else in_all) - resident_bytes()
-        bound = min(_of_status("VmData") + free, *given) if given else _of_status("VmData") + free
-        resource.setrlimit(resource.RLIMIT_DATA, (bound, bounds[1]))
+        bound = _of_status("VmData") + free - holes
+        resource.setrlimit(resource.RLIMIT_DATA, (min(bound, *given) if given else bound, bounds[1]))
 
-    bind()
+    release_freed_memory()
+    bind(_bytes_in_holes())
     try:
         with on_release(bind):
             yield
@@ -103,3 +107,19 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names.split(" "))
+
+
+def _bytes_in_holes() -> int:
+    """What the heap has free; 0 where the C library does not tell."""
+    told = function_of_c("mallinfo2")
+    if told is None:
+        return 0
+    told.restype = _MallInfo
+    return int(told().fordblks)
