@@ -1,5 +1,7 @@
 """A quantized base under adapters: what is trained is what is saved, loaded and merged."""
 
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -226,3 +228,17 @@ def stored_base(folder: Path) -> Path:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", unk_token="w0").save_pretrained(place)
     return place
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what a process maps")
+def test_the_file_that_weights_were_mapped_from_is_let_go(tmp_path: Path, chat_model: Path) -> None:
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    model = load(str(folder), device="cpu")
+    model.network.requires_grad_(False)
+
+    def is_mapped() -> bool:
+        return str(folder) in Path("/proc/self/maps").read_text()
+
+    assert is_mapped()
+    quantize_base(model.network, "int8")
+    assert not is_mapped()

@@ -22,9 +22,20 @@ def quantize_base(network: nn.Module, scheme: str) -> int:
     carriers = {path: module for path, module in network.named_modules() if isinstance(module, Adapted)}
     linear = {f"{path}.base": carrier for path, carrier in carriers.items() if isinstance(carrier, AdaptedLinear)}
     dense = [path for path, carrier in linear.items() if not all(a.sees_rows for a in carrier.adapters.values())]
-    return quantize_layers(
+    count = quantize_layers(
         network, scheme, keep=dense, strip=partial(_stripped, linear), exchanged=partial(_move, linear)
     )
+    _leave_the_file(network)
+    return count
+
+
+def _leave_the_file(network: nn.Module) -> None:
+    """Copies what is frozen and still dense. Weights are mapped from their file, and one that stays there keeps all
+    pages of it that were read, those of the weights that are quantized by now too.
+    """
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.clone()
 
 
 def _stripped(carriers: dict[str, AdaptedLinear], path: str, weight: Tensor) -> Tensor:
