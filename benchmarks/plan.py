@@ -87,7 +87,6 @@ def settings() -> dict[str, list[str]]:
         "GRPO, LoRA, fp32": of(["grpo", *SUMS], bf16=False),
         "GRPO, LoRA, bf16, 32 answers": of(["grpo", *SUMS, "--group-size", "8", "--max-new-tokens", "128"]),
         "PPO, LoRA, bf16": of(["ppo", *SUMS[:-4], "--max-new-tokens", "64"]),
-        "LoRA, fp16": [*CHAT, "--dtype", "fp16", "--max-length", "128"],  # a CPU takes half a minute for 100 tokens
     }
 
 
