@@ -15,7 +15,6 @@ from typing import Any
 import luthier as lt
 
 ALPACA = Path("../shared/data/alpaca_en.jsonl")
-HELD_OUT = 120
 
 
 def losses(dtype: str, seed: int, steps: int, files: dict[str, str], folder: Path) -> tuple[float, float]:
@@ -34,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], help="others are held against the first")
+    parser.add_argument("--held-out", type=int, default=120, help="rows, the last of the file")
     given = parser.parse_args()
     rows = ALPACA.read_text(encoding="utf-8").splitlines(keepends=True)
     found: dict[str, list[float]] = {dtype: [] for dtype in given.dtypes}
@@ -41,8 +41,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         files = {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "held_out.jsonl")}
-        Path(files["data"]).write_text("".join(rows[:-HELD_OUT]), encoding="utf-8")
-        Path(files["eval_data"]).write_text("".join(rows[-HELD_OUT:]), encoding="utf-8")
+        Path(files["data"]).write_text("".join(rows[: -given.held_out]), encoding="utf-8")
+        Path(files["eval_data"]).write_text("".join(rows[-given.held_out :]), encoding="utf-8")
         for seed in given.seeds:
             pairs = [losses(dtype, seed, given.steps, files, folder) for dtype in given.dtypes]
             for dtype, (_, last) in zip(given.dtypes, pairs, strict=True):
