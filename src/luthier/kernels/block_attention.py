@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.streams import Segments
-from luthier.kernels.turns import turns
+from luthier.kernels.turns import slices, turns
 
 __all__ = ["BLOCK_QUERIES", "block_attention"]
 
@@ -58,7 +58,7 @@ def _attend(
     """What the queries of one segment see. place: of the segment and of what it goes on from."""
     q = _made_up(query[:, place[0]])
     (k, hidden), (v, _) = (_made_up_behind(t, *place) for t in (key, value))
-    for rows in turns(_blocks(q.shape[1]), _ends, over=q):
+    for rows in turns(slices(q.shape[1], BLOCK_QUERIES), _ends, over=q):
         seen = slice(0, k.shape[1] - q.shape[1] + rows.stop)
         _write(into[:, rows], torch.bmm(_attention_weights(q[:, rows], k[:, seen], hidden, scale)[1], v[:, seen]))
 
@@ -77,7 +77,7 @@ def _add_gradients(
     q, g = (_made_up(t[:, own]) for t in (inputs[0], inputs[3]))
     (k, hidden), (v, _) = (_made_up_behind(t, own, before) for t in inputs[1:3])
     sums = [torch.zeros(t.shape, device=t.device) for t in (k, v)]
-    for rows in turns(_blocks(q.shape[1]), _ends, over=q):
+    for rows in turns(slices(q.shape[1], BLOCK_QUERIES), _ends, over=q):
         seen = slice(0, k.shape[1] - q.shape[1] + rows.stop)
         _add_of_block((q[:, rows], k[:, seen], v[:, seen], g[:, rows]), hidden, scale, sums, into=into[0][:, rows])
     for total, of_one in zip(into[1:], sums, strict=True):
@@ -104,10 +104,10 @@ def _add_of_block(
 
 def _places(segments: Segments) -> list[tuple[slice, slice]]:
     """Where each segment lies, and what it goes on from, which may be nothing."""
-    slices = segments.slices
+    places = segments.slices
     return [
-        (own, slice(0, 0) if parent is None else slices[parent])
-        for own, parent in zip(slices, segments.parents, strict=True)
+        (own, slice(0, 0) if parent is None else places[parent])
+        for own, parent in zip(places, segments.parents, strict=True)
     ]
 
 
@@ -117,10 +117,6 @@ def _sizes(place: tuple[slice, slice]) -> tuple[int, ...]:
     """
     own, before = (part.stop - part.start for part in place)
     return own + -own % BLOCK_MULTIPLE, before + -before % BLOCK_MULTIPLE, own % BLOCK_MULTIPLE == 0
-
-
-def _blocks(tokens: int) -> list[slice]:
-    return [slice(i, min(i + BLOCK_QUERIES, tokens)) for i in range(0, tokens, BLOCK_QUERIES)]
 
 
 def _ends(rows: slice) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.linear import linear, product
-from luthier.kernels.turns import turns
+from luthier.kernels.turns import slices, turns
 
 __all__ = ["FurtherRows", "HeadOptions", "linear_logprobs", "linear_logprobs_plain", "logits_of"]
 
@@ -120,7 +120,7 @@ def _chunks(num_rows: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
     most = max(ROW_MULTIPLE, chunk_bytes // (4 * vocabulary) // ROW_MULTIPLE * ROW_MULTIPLE)
     num_chunks = max(1, -(-num_rows // most))
     rows = _round_up(-(-num_rows // num_chunks))
-    return [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]
+    return slices(num_rows, rows)
 
 
 def _length(rows: slice) -> tuple[int]:
@@ -226,8 +226,7 @@ def _score(
     logprobs = torch.empty(len(targets), dtype=_wide(products.dtype), device=products.device)
     entropy = torch.empty_like(logprobs)
     at_once = max(1, CACHED_BYTES // (4 * products.shape[1])) if products.device.type == "cpu" else len(products)
-    starts = range(0, len(targets), at_once)
-    for rows in turns([slice(i, min(i + at_once, len(targets))) for i in starts], _length, over=products):
+    for rows in turns(slices(len(targets), at_once), _length, over=products):
         of_few = None if of_entropy is None else of_entropy[rows]
         logprobs[rows], entropy[rows] = _score_few(
             products, rows, targets[rows], options, own, differentiate=differentiate, of_entropy=of_few

@@ -13,7 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["counting_bytes", "turns"]
+__all__ = ["counting_bytes", "slices", "turns"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,11 @@ def turns(parts: Sequence[T], sizes: Callable[[T], tuple[int, ...]], *, over: Te
         return parts
     by_sizes = {sizes(part): part for part in parts}
     return [part for own, part in by_sizes.items() if not any(_covers(other, own) for other in by_sizes)]
+
+
+def slices(length: int, at_once: int) -> list[slice]:
+    """So many places at once, the last ones fewer."""
+    return [slice(i, min(i + at_once, length)) for i in range(0, length, at_once)]
 
 
 def _covers(sizes: tuple[int, ...], others: tuple[int, ...]) -> bool:
