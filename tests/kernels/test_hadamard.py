@@ -99,3 +99,14 @@ def test_a_token_alone_makes_no_dense_matrix() -> None:
     assert one.grad_fn.name() == "_AddLowRankBackward"
     assert run(leaves(5, torch.float64, torch.float64)).grad_fn.name() == "_AddDenseBackward"
     torch.testing.assert_close(one, run_plain(inputs), rtol=0, atol=1e-12)
+
+
+@WAYS
+def test_without_an_output_there_is_the_update_alone(r: int) -> None:
+    output, x, *factors = leaves(r, torch.float64, torch.float64)
+    found = add_hadamard(None, x, tuple(factors), SCALE)
+    expected = run_plain([torch.zeros_like(output), x, *factors])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), (x, *factors)) for y in (found, expected)), strict=True)
+    for ours, plain in pairs:
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-10)

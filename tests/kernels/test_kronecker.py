@@ -83,3 +83,13 @@ def test_no_tokens_at_all_give_none_and_gradients_of_zero() -> None:
     assert updated.shape == (0, 15)
     updated.sum().backward()
     assert not any(t.grad.any() for t in inputs)
+
+
+@SIZES
+def test_without_an_output_there_is_the_update_alone_and_may_be_written_into(sizes: tuple[int, ...]) -> None:
+    output, x, c, d = leaves(sizes, torch.float64, torch.float64)
+    found = add_kronecker(None, x, c, d, SCALE).mul_(2)
+    expected = 2 * add_kronecker_plain(torch.zeros_like(output), x, c, d, SCALE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for ours, plain in zip(*(torch.autograd.grad(y.square().sum(), (x, c, d)) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)

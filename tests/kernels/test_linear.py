@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luthier.kernels.linear import SMALLEST_ROWS, linear, product
+from luthier.kernels.linear import SMALLEST_ROWS, linear, linear_onto, product
 
 
 def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,3 +81,29 @@ def test_a_product_over_nothing_is_zero() -> None:
     """As the gradient of a weight that no token met."""
     assert torch.equal(product(torch.ones(24, 0), torch.ones(40, 0)), torch.zeros(24, 40))
     assert product(torch.ones(0, 24), torch.ones(40, 24)).shape == (0, 40)
+
+
+@given(rows=st.integers(1, 70), with_bias=st.booleans())
+def test_a_product_added_to_something_is_the_sum_in_value_and_gradient(rows: int, with_bias: bool) -> None:
+    x, weight, bias = (t.detach().double().requires_grad_() for t in inputs(rows))
+    onto = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    given_bias = bias if with_bias else None
+    found = linear_onto(onto * 1, x, weight, given_bias)
+    expected = onto + torch.nn.functional.linear(x, weight, given_bias)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    learned = (onto, x, weight, bias)[: 3 + with_bias]
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), learned) for y in (found, expected)), strict=True)
+    for ours, plain in pairs:
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_product_added_to_something_is_rounded_once(dtype: torch.dtype) -> None:
+    """Half a unit in the last place of the exact sum, up to the order of sums in float32; written where it was."""
+    x, weight, _ = (t.detach() for t in inputs(64, dtype))
+    onto = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = onto.double() + x.double() @ weight.double().T
+    found = linear_onto(onto, x, weight)
+    assert found.data_ptr() == onto.data_ptr()
+    half = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(found.double(), exact, rtol=half * 1.001, atol=1e-5)

@@ -79,3 +79,11 @@ def test_two_updates_of_one_output_add_up() -> None:
     torch.testing.assert_close(twice, once, rtol=0, atol=1e-12)
     for ours, plain in zip(*(torch.autograd.grad(y.square().sum(), (x, a, b)) for y in (twice, once)), strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+
+
+def test_without_an_output_there_is_the_update_alone() -> None:
+    output, x, a, b = leaves(torch.float64, torch.float64)
+    found, expected = add_low_rank(None, x, a, b, SCALE), add_low_rank_plain(torch.zeros_like(output), x, a, b, SCALE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for ours, plain in zip(*(torch.autograd.grad(y.square().sum(), (x, a, b)) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)

@@ -71,3 +71,14 @@ def test_an_input_that_needs_no_gradient_leaves_the_factors_theirs() -> None:
     expected = add_scaled_low_rank_plain(output, x, tuple(parts))
     for one, other in zip(*(torch.autograd.grad(y.sum(), parts[2:]) for y in (updated, expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_without_an_output_there_is_the_update_alone() -> None:
+    output, x, *parts = leaves(torch.float64, torch.float64)
+    found = add_scaled_low_rank(None, x, tuple(parts))
+    expected = add_scaled_low_rank_plain(torch.zeros_like(output), x, tuple(parts))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    learned = (x, *parts[2:])
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), learned) for y in (found, expected)), strict=True)
+    for ours, plain in pairs:
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from luthier.adapters.adapted import Base
-from luthier.adapters.base import Adapter, PeftForm, Start, Step
+from luthier.adapters.base import Additive, PeftForm, Start, Step
 from luthier.adapters.lora import checked_rank, plus_product
 from luthier.adapters.rank_budget import Importance, budget_at, highest, last_choice
 from luthier.adapters.starts import gaussian
@@ -28,7 +27,7 @@ _START_STD = 0.02
 _SAID_STEPS = 1000  # PEFT's file counts the phases in steps; here they are shares of however many there are
 
 
-class AdaLoRA(Adapter):
+class AdaLoRA(Additive):
     """h = W x + (alpha / r) B diag(e) A x        Zhang et al. 2023, eq. 3; r is init_r, however few ranks are left"""
 
     kept: Tensor | None
@@ -67,10 +66,9 @@ class AdaLoRA(Adapter):
         for name, parameter in self.named_parameters():
             self.importance[name] = Importance(parameter)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        output: Tensor = base(x)
+    def add(self, x: Tensor, output: Tensor | None) -> Tensor:
         if self.r == 0:
-            return output
+            return x.new_zeros(len(x), self.out_features) if output is None else output
         dropped = torch.nn.functional.dropout(x, self.settings.dropout, self.training)
         return add_low_rank(output, dropped, self.lora_E * self.lora_A, self.lora_B, self.scale)
 

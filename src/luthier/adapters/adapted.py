@@ -2,6 +2,9 @@
 
 An adapter is called with the module's inputs and with `base`, a callable that is the module, or the module under the
 adapters further in. Nothing here knows what kind of adapter it calls.
+
+On a linear layer, base(x, onto=y) is base(x) + y, written into y. It is what adapters of outputs in few bits use:
+the layer's product is then rounded once, with all that they add in it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -13,11 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import AdapterError
+from luthier.kernels.linear import linear_onto
 from luthier.kernels.streams import STREAM_MULTIPLE
 
-__all__ = ["Adapted", "AdaptedLinear", "Base", "Rows", "bare", "put_back", "refuse_stripped"]
+__all__ = ["Adapted", "AdaptedLinear", "Base", "Rows", "bare", "is_innermost", "put_back", "refuse_stripped"]
 
 Base = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A linear layer as the base of its innermost adapter."""
+
+    module: nn.Module
+
+    def __call__(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """x: [tokens, in] -> [tokens, out]. onto: [tokens, out] in the same type."""
+        module: Any = self.module
+        result: Tensor
+        if onto is None:
+            result = module(x)
+        elif getattr(module, "takes_onto", False):
+            result = module(x, onto=onto)
+        elif type(module).forward is nn.Linear.forward and not (module._forward_hooks or module._forward_pre_hooks):
+            result = linear_onto(onto, x, module.weight, module.bias)
+        else:  # a stranger's: rounded twice
+            result = onto.add_(module(x))
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +129,13 @@ class Adapted(nn.Module):
     def _shares(self) -> dict[str, float]:
         return {name: self.shares.get(name, 1.0) for name in self.active}
 
+    @property
+    def _innermost(self) -> Base:
+        base: Base = self.base
+        return base
+
     def _apply_all(self, shares: Mapping[str, float]) -> Base:
-        apply: Base = self.base
+        apply = self._innermost
         for adapter in self._not_among(shares):
             apply = partial(adapter.base_alone, base=apply)
         for name, share in shares.items():
@@ -131,11 +161,14 @@ class AdaptedLinear(Adapted):
         if self.rows is not None:
             return self._by_rows(x, self.rows)
         apply = self._apply_all(self._shares)
-        if apply is self.base:
-            plain: Tensor = apply(x)
-            return plain
+        if isinstance(apply, _Layer):
+            return apply(x)
         flat: Tensor = apply(x.reshape(-1, x.shape[-1]))
         return flat.view(*x.shape[:-1], flat.shape[-1])
+
+    @property
+    def _innermost(self) -> Base:
+        return _Layer(self.base)
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
         """Each row's adapter applies wholly; what a stream is made up with has none."""
@@ -151,10 +184,11 @@ class AdaptedLinear(Adapted):
         return joined.view(*x.shape[:-1], joined.shape[-1])
 
 
-def _shared(x: Tensor, *, inner: Base, outer: Base, share: float) -> Tensor:
+def _shared(x: Tensor, *, onto: Tensor | None = None, inner: Base, outer: Base, share: float) -> Tensor:
     """inner(x) + share * (outer(x) - inner(x))"""
     before: Tensor = inner(x)
-    return before.lerp(outer(x), share)
+    mixed = before.lerp(outer(x), share)
+    return mixed if onto is None else onto.add_(mixed)
 
 
 def _toward(old: Tensor | None, new: Tensor | None, share: float) -> Any:
@@ -168,6 +202,11 @@ def _toward(old: Tensor | None, new: Tensor | None, share: float) -> Any:
 def bare(module: nn.Module) -> nn.Module:
     """The module without the adapters that it carries."""
     return module.base if isinstance(module, Adapted) else module
+
+
+def is_innermost(base: Base, module: nn.Module) -> bool:
+    """Whether this base is the module itself, with no other adapter on it."""
+    return (base.module if isinstance(base, _Layer) else base) is module
 
 
 def put_back(network: nn.Module, layers: Collection[Adapted]) -> None:

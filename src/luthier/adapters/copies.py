@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from luthier.adapters.adapted import Base
-from luthier.adapters.base import Adapter, Start
+from luthier.adapters.adapted import Base, is_innermost
+from luthier.adapters.base import Adapter, Additive, Start
 from luthier.adapters.targets import linear_targets
 from luthier.errors import AdapterError
 
@@ -40,11 +40,12 @@ class ModuleCopy(Adapter):
     def initialize(self, start: Start) -> None:
         """The copies are what the module has."""
 
-    def forward(self, *inputs: Any, base: Base, **options: Any) -> Any:
-        bare: bool = base is self.place
-        if not bare:
+    def forward(self, *inputs: Any, base: Base, onto: Tensor | None = None, **options: Any) -> Any:
+        if not is_innermost(base, self.place):
             raise AdapterError(f"{self.name}: is trained whole by two adapters at once; switch one of them off")
-        return torch.func.functional_call(self.place, {n: self._as_used(n) for n in self.names}, inputs, options)
+        own = {name: self._as_used(name) for name in self.names}
+        result = torch.func.functional_call(self.place, own, inputs, options)
+        return result if onto is None else onto.add_(result)
 
     def _as_used(self, name: str) -> Tensor:
         original: Tensor = getattr(self.place, name)
@@ -66,7 +67,7 @@ class BiasCopy(ModuleCopy):
         return ["bias"]
 
 
-class BitFit(Adapter):
+class BitFit(Additive):
     """h = W x + b with b trained alone        Ben Zaken et al. 2021, section 3
 
     A linear layer without a bias gets one, which starts at zero.
@@ -89,9 +90,10 @@ class BitFit(Adapter):
     def initialize(self, start: Start) -> None:
         """The bias is that of the layer, or zero."""
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def add(self, x: Tensor, output: Tensor | None) -> Tensor:
         change = self.bias if self.place.bias is None else self.bias - self.place.bias
-        output: Tensor = base(x)
+        if output is None:
+            return change.to(x.dtype).expand(len(x), -1).clone()
         return output + change.to(output.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from luthier.adapters.adapted import Base
+from luthier.adapters.adapted import Base, is_innermost
 from luthier.adapters.base import PeftForm, Start
 from luthier.adapters.lora import LoRA, plus_product
-from luthier.kernels.low_rank import add_low_rank
 
 __all__ = ["DoRA"]
 
@@ -40,26 +39,28 @@ class DoRA(LoRA):
         super().move(place)
         self._squares = None
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        dropped = torch.nn.functional.dropout(x, self.settings.dropout, self.training)
+    def forward(self, x: Tensor, base: Base, *, onto: Tensor | None = None) -> Tensor:
         bias = self._bias_of(base, x)
-        plain: Tensor = base(x) if bias is None else base(x) - bias
-        direction = add_low_rank(plain, dropped, self.lora_A, self.lora_B, self.scale)
+        direction = super().forward(x, base)
+        if bias is not None:
+            direction = direction - bias
         output = direction * (self.magnitude / self._norms(base, bias, x.dtype)).to(x.dtype)
         if bias is not None and self.bias is not None:
             bias = bias + (self.bias - self.place.bias)
-        return output if bias is None else output + bias.to(output.dtype)
+        if bias is not None:
+            output = output + bias.to(output.dtype)
+        return output if onto is None else onto.add_(output)
+
+    def add(self, x: Tensor, output: Tensor | None) -> Tensor:
+        """The product alone: the bias has no part in the direction."""
+        return self._add_product(x, output)
 
     def low_rank(self) -> None:
         """The magnitudes turn each row's length too."""
 
-    def _is_bare(self, base: Base) -> bool:
-        """Whether no other adapter stands between this one and the layer."""
-        return base is self.place
-
     def _bias_of(self, base: Base, x: Tensor) -> Tensor | None:
         """Of the layer, or of the layer under other adapters."""
-        if self._is_bare(base):
+        if is_innermost(base, self.place):
             bias: Tensor | None = self.place.bias
             return bias
         of_nothing: Tensor = base(x.new_zeros(1, self.in_features))
@@ -77,7 +78,7 @@ class DoRA(LoRA):
 
     def _squares_of(self, base: Base, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """|W|^2 of each row: of a bare layer found once."""
-        if not self._is_bare(base):
+        if not is_innermost(base, self.place):
             dense: Tensor = base(torch.eye(self.in_features, device=self.lora_A.device, dtype=dtype))
             return _row_squares((dense if bias is None else dense - bias).T)
         if self._squares is None or self._squares.device != self.lora_A.device:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from luthier.adapters.adapted import Adapted, Base
-from luthier.adapters.base import Adapter, PeftForm, Start, Step
+from luthier.adapters.adapted import Adapted
+from luthier.adapters.base import Adapter, Additive, PeftForm, Start, Step
 from luthier.adapters.lora import checked_rank, plus_product
 from luthier.adapters.starts import Factors, kaiming_uniform
 from luthier.adapters.targets import named_places
@@ -26,7 +26,7 @@ __all__ = ["DyLoRA", "rank_to_serve", "serve_at", "served_rank", "set_rank"]
 _SHARE_OF_WHOLE = 0.25  # of the steps, in which the highest rank is drawn besides its even chance
 
 
-class DyLoRA(Adapter):
+class DyLoRA(Additive):
     """h = W x + (alpha / sqrt(r b)) B[:, :b] A[:b] x        Valipour et al. 2023, eq. 5
 
     The paper's scale is alpha / b. That of rank stabilisation (Kalajdzievski 2023) is as strong at b = r, and with it a
@@ -72,10 +72,10 @@ class DyLoRA(Adapter):
         """The factors of this rank, and their scale."""
         return (self.lora_A[:rank], self.lora_B[:, :rank]), self.settings.scale_at(rank)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def add(self, x: Tensor, output: Tensor | None) -> Tensor:
         dropped = torch.nn.functional.dropout(x, self.settings.dropout, self.training)
         (a, b), scale = self._first(self.drawn if self.training else self.served)
-        return add_low_rank(base(x), dropped, a, b, scale)
+        return add_low_rank(output, dropped, a, b, scale)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """At the rank that is served."""

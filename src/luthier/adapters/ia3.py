@@ -45,10 +45,13 @@ class IA3(Adapter):
         """All factors are 1."""
         nn.init.ones_(self.ia3_l)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, base: Base, *, onto: Tensor | None = None) -> Tensor:
         factors = self.ia3_l.flatten().to(x.dtype)
-        output: Tensor = base(x * factors) if self.feedforward else base(x) * factors
-        return output
+        if self.feedforward:
+            whole: Tensor = base(x * factors, onto=onto)
+            return whole
+        output: Tensor = base(x) * factors
+        return output if onto is None else onto.add_(output)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factors = self.ia3_l.detach().to(weight.device)  # [out, 1] or [1, in], float32 or wider

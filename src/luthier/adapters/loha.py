@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from luthier.adapters.adapted import Base
-from luthier.adapters.base import Adapter, PeftForm, Start
+from luthier.adapters.base import Additive, PeftForm, Start
 from luthier.adapters.lora import checked_rank, plus_product
 from luthier.adapters.starts import kaiming_uniform
 from luthier.kernels.hadamard import Hadamard, add_hadamard, as_low_rank
@@ -13,7 +12,7 @@ from luthier.kernels.hadamard import Hadamard, add_hadamard, as_low_rank
 __all__ = ["LoHa"]
 
 
-class LoHa(Adapter):
+class LoHa(Additive):
     """h = W x + (alpha / r) ((A1 B1) * (A2 B2)) x        Hyeon-Woo et al. 2021 (FedPara), proposition 1"""
 
     peft = PeftForm(
@@ -43,8 +42,8 @@ class LoHa(Adapter):
     def _factors(self) -> Hadamard:
         return self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return add_hadamard(base(x), x, self._factors(), self.scale)
+    def add(self, x: Tensor, output: Tensor | None) -> Tensor:
+        return add_hadamard(output, x, self._factors(), self.scale)
 
     @torch.no_grad()
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

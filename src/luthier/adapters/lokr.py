@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from luthier.adapters.adapted import Base
-from luthier.adapters.base import Adapter, PeftForm, Start
+from luthier.adapters.base import Additive, PeftForm, Start
 from luthier.adapters.starts import kaiming_uniform
 from luthier.kernels.kronecker import add_kronecker
 
 __all__ = ["LoKr", "factorization"]
 
 
-class LoKr(Adapter):
+class LoKr(Additive):
     """h = W x + (alpha / r) (C kron D) x        Yeh et al. 2023 (LyCORIS), section 3.2; Edalati et al. 2022
 
     C: [l, m], D: [k, n], with l k = out and m n = in. D is low-rank where r is under half of its larger side, C too if
@@ -63,8 +62,8 @@ class LoKr(Adapter):
         """C and D."""
         return self._factor("lokr_w1"), self._factor("lokr_w2")
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return add_kronecker(base(x), x, *self._factors(), self.scale)
+    def add(self, x: Tensor, output: Tensor | None) -> Tensor:
+        return add_kronecker(output, x, *self._factors(), self.scale)
 
     @torch.no_grad()
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.adapters.adapted import Base
-from luthier.adapters.base import Adapter, PeftForm, Start
+from luthier.adapters.base import Adapter, Additive, PeftForm, Start
 from luthier.adapters.starts import Factors, gaussian, kaiming_uniform, loftq, olora, pissa
 from luthier.errors import AdapterError
 from luthier.kernels.low_rank import add_low_rank
@@ -23,7 +23,7 @@ __all__ = ["LoRA", "checked_rank", "plus_product"]
 _MERGED_ROWS = 256  # of a weight at a time, so that merging a layer takes little more than the merged layer
 
 
-class LoRA(Adapter):
+class LoRA(Additive):
     """h = W x + (alpha / r) B A x        Hu et al. 2021, eq. 3; with rs_scaling alpha / sqrt(r), Kalajdzievski 2023"""
 
     taken_A: Tensor | None
@@ -77,11 +77,14 @@ class LoRA(Adapter):
         iterations = self.settings.iterations
         return loftq(weight, self.r, self.scale, start.generator, rounding=start.rounding, iterations=iterations)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def add(self, x: Tensor, output: Tensor | None) -> Tensor:
+        updated = self._add_product(x, output)
+        return updated if self.bias is None else updated + (self.bias - self.place.bias).to(updated.dtype)
+
+    def _add_product(self, x: Tensor, output: Tensor | None) -> Tensor:
         dropped = torch.nn.functional.dropout(x, self.settings.dropout, self.training)
         a, b = self._factors()
-        updated = add_low_rank(base(x), dropped, a, b, self.scale)
-        return updated if self.bias is None else updated + (self.bias - self.place.bias).to(updated.dtype)
+        return add_low_rank(output, dropped, a, b, self.scale)
 
     def _factors(self) -> Factors:
         """A and B, with what they took taken off where the base still has it."""
@@ -114,8 +117,8 @@ class LoRA(Adapter):
             return weight
         return plus_product(weight, self.taken_A, self.taken_B, self.scale)
 
-    def base_alone(self, x: Tensor, base: Base) -> Tensor:
-        whole: Tensor = base(x)
+    def base_alone(self, x: Tensor, base: Base, *, onto: Tensor | None = None) -> Tensor:
+        whole: Tensor = base(x, onto=onto)
         if not self.stripped or self.taken_A is None or self.taken_B is None:
             return whole
         return add_low_rank(whole, x, self.taken_A, self.taken_B, self.scale)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from luthier.adapters.adapted import Base
-from luthier.adapters.base import Adapter, PeftForm, Start
+from luthier.adapters.base import Additive, PeftForm, Start
 from luthier.adapters.lora import plus_product
 from luthier.errors import AdapterError
 from luthier.kernels.scaled_low_rank import add_scaled_low_rank
@@ -37,7 +36,7 @@ class Projections:
         return self.pair[0][:, :num_in], self.pair[1][:num_out]
 
 
-class VeRA(Adapter):
+class VeRA(Additive):
     """h = W x + b * B (d * A x)        Kopiczko et al. 2023, eq. 2"""
 
     peft = PeftForm(
@@ -89,10 +88,10 @@ class VeRA(Adapter):
         assert self.projections is not None
         return self.projections.corner(self.in_features, self.out_features, device)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def add(self, x: Tensor, output: Tensor | None) -> Tensor:
         dropped = torch.nn.functional.dropout(x, self.settings.dropout, self.training)
         a, b = self._corner(x.device)
-        return add_scaled_low_rank(base(x), dropped, (a, b, self.vera_lambda_d, self.vera_lambda_b))
+        return add_scaled_low_rank(output, dropped, (a, b, self.vera_lambda_d, self.vera_lambda_b))
 
     @torch.no_grad()
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -23,33 +23,48 @@ __all__ = ["device_product", "float8_linear", "has_float8_product", "scaled_prod
 _MULTIPLE = 16  # of which CUDA's product wants its columns
 
 
-def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, windows: AmaxWindows) -> Tensor:
+def float8_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, windows: AmaxWindows, *, onto: Tensor | None = None
+) -> Tensor:
     """x W^T + b. x: [..., in]. weight: [out, in]. bias: [out] or None, not rounded. Returns [..., out] in x's type.
 
-    windows: have the scales, and note what they are to follow.
+    windows: have the scales, and note what they are to follow. onto: [tokens, out] in x's type, to which the sum is
+    added where it lies before it is rounded.
     """
     rows = x.reshape(-1, x.shape[-1])
-    result: Tensor = _Float8Linear.apply(rows, weight, bias, windows, windows.notes)
+    result: Tensor = _Float8Linear.apply(onto, rows, weight, bias, windows, windows.notes)
     return result if x.dim() == 2 else result.view(*x.shape[:-1], len(weight))
 
 
 class _Float8Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, windows: AmaxWindows, noted: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        onto: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        windows: AmaxWindows,
+        noted: bool,
+    ) -> Tensor:
         x8, weight8 = windows.quantize("input", x, noted=noted), windows.quantize("weight", weight, noted=noted)
         kept: tuple[Tensor, ...] = ()
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             kept, ctx.formed_again = to_keep(x)
         ctx.save_for_backward(weight, weight8.scale, x8.scale, *kept)
         ctx.windows, ctx.noted = windows, noted
-        result = scaled_product(x8, weight8, x.dtype)
+        if onto is None:
+            result = scaled_product(x8, weight8, x.dtype)
+        else:
+            ctx.mark_dirty(onto)
+            result = onto.add_(scaled_product(x8, weight8, torch.float32))
         return result if bias is None else result.add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, weight_scale, x_scale, *kept = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_onto, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad8 = ctx.windows.quantize("gradient", grad, noted=ctx.noted)
         grad_x = grad_weight = None
         if needs_x:
@@ -58,7 +73,8 @@ class _Float8Linear(Function):
         if needs_weight:
             x8 = Float8(codes_of(ctx.formed_again(*kept), x_scale, ROLES["input"]), x_scale)
             grad_weight = scaled_product(grad8.T, x8.T, weight.dtype)
-        return grad_x, grad_weight, grad.sum(0) if needs_bias else None, None, None
+        grad_bias = grad.sum(0) if needs_bias else None
+        return grad if needs_onto else None, grad_x, grad_weight, grad_bias, None, None
 
 
 def scaled_product(a: Float8, b: Float8, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from luthier.kernels.linear import product
+from luthier.kernels.linear import add_product, product
 from luthier.kernels.recompute import to_keep
 
 __all__ = ["Hadamard", "add_hadamard", "add_hadamard_plain", "as_low_rank"]
@@ -27,14 +27,15 @@ def add_hadamard_plain(output: Tensor, x: Tensor, factors: Hadamard, scale: floa
     return output + scale * (x @ ((a1 @ b1) * (a2 @ b2)).T.to(x.dtype))
 
 
-def add_hadamard(output: Tensor, x: Tensor, factors: Hadamard, scale: float) -> Tensor:
-    """output + scale * x ((A1 B1) * (A2 B2))^T, written into `output`, which must not be needed by what made it.
+def add_hadamard(output: Tensor | None, x: Tensor, factors: Hadamard, scale: float) -> Tensor:
+    """output + scale * x ((A1 B1) * (A2 B2))^T, written into `output`, which must not be needed by what made it; the
+    update alone where there is no output.
 
-    output: [tokens, out]. x: [tokens, in]. Products over tokens run in the output's type; gradients of the factors come
-    in their own.
+    output: [tokens, out] or None. x: [tokens, in]. Products over tokens run in the output's type, or in x's; gradients
+    of the factors come in their own.
     """
     way = _AddLowRank if _thin_is_cheaper(x, factors) else _AddDense
-    updated: Tensor = way.apply(output, x.to(output.dtype), *factors, scale)
+    updated: Tensor = way.apply(output, x if output is None else x.to(output.dtype), *factors, scale)
     return updated
 
 
@@ -55,14 +56,15 @@ def as_low_rank(factors: Hadamard) -> tuple[Tensor, Tensor]:
 class _AddLowRank(Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float
+        ctx: Any, output: Tensor | None, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float
     ) -> Tensor:
         kept, ctx.formed_again = to_keep(x)
         ctx.save_for_backward(a1, b1, a2, b2, *kept)
         ctx.scale = scale
-        ctx.mark_dirty(output)
+        if output is not None:
+            ctx.mark_dirty(output)
         b, a = (t.to(x.dtype) for t in as_low_rank((a1, b1, a2, b2)))
-        return output.addmm_(product(x, b), a.T, alpha=scale)
+        return add_product(output, product(x, b), a, scale)
 
     @staticmethod
     @once_differentiable
@@ -76,7 +78,7 @@ class _AddLowRank(Function):
         grad_a = product(grad.T, product(x, b).T).to(a1.dtype).mul_(ctx.scale).view(-1, r, r)
         grad_x = product(grad_narrow, b.T) if ctx.needs_input_grad[1] else None
         return (
-            *(grad, grad_x),
+            *(grad if ctx.needs_input_grad[0] else None, grad_x),
             *((grad_a * a2[:, None, :]).sum(2), (grad_b * b2).sum(1)),
             *((grad_a * a1[:, :, None]).sum(1), (grad_b * b1[:, None]).sum(0)),
             None,
@@ -86,14 +88,15 @@ class _AddLowRank(Function):
 class _AddDense(Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float
+        ctx: Any, output: Tensor | None, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float
     ) -> Tensor:
         kept, ctx.formed_again = to_keep(x)
         ctx.save_for_backward(a1, b1, a2, b2, *kept)
         ctx.scale = scale
-        ctx.mark_dirty(output)
+        if output is not None:
+            ctx.mark_dirty(output)
         dense = product(a1, b1.T).mul_(product(a2, b2.T))
-        return output.addmm_(x, dense.to(x.dtype).T, alpha=scale)
+        return add_product(output, x, dense.to(x.dtype), scale)
 
     @staticmethod
     @once_differentiable
@@ -107,7 +110,7 @@ class _AddDense(Function):
         grad_dense = product(grad.T, x.T).to(a1.dtype).mul_(ctx.scale)
         grad_first, grad_second = second.mul_(grad_dense), first.mul_(grad_dense)
         return (
-            *(grad, grad_x),
+            *(grad if ctx.needs_input_grad[0] else None, grad_x),
             *(product(grad_first, b1), product(a1.T, grad_first.T)),
             *(product(grad_second, b2), product(a2.T, grad_second.T)),
             None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from luthier.kernels.linear import product
+from luthier.kernels.linear import add_product, product
 from luthier.kernels.recompute import to_keep
 
 __all__ = ["add_kronecker", "add_kronecker_plain"]
@@ -23,13 +23,14 @@ def add_kronecker_plain(output: Tensor, x: Tensor, c: Tensor, d: Tensor, scale: 
     return output + scale * (x @ torch.kron(c, d).T.to(x.dtype))
 
 
-def add_kronecker(output: Tensor, x: Tensor, c: Tensor, d: Tensor, scale: float) -> Tensor:
-    """output + scale * x (C kron D)^T, written into `output`, which must be dense and not needed by what made it.
+def add_kronecker(output: Tensor | None, x: Tensor, c: Tensor, d: Tensor, scale: float) -> Tensor:
+    """output + scale * x (C kron D)^T, written into `output`, which must be dense and not needed by what made it; the
+    update alone where there is no output.
 
-    c: [l, m]. d: [k, n]. output: [tokens, l k]. x: [tokens, m n]. Products run in the output's type; the
-    gradients of C and D come in their own.
+    c: [l, m]. d: [k, n]. output: [tokens, l k] or None. x: [tokens, m n]. Products run in the output's type, or in x's;
+    the gradients of C and D come in their own.
     """
-    updated: Tensor = _AddKronecker.apply(output, x.to(output.dtype), c, d, scale)
+    updated: Tensor = _AddKronecker.apply(output, x if output is None else x.to(output.dtype), c, d, scale)
     return updated
 
 
@@ -40,15 +41,18 @@ def _left(c: Tensor, x: Tensor) -> Tensor:
 
 class _AddKronecker(Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, c: Tensor, d: Tensor, scale: float) -> Tensor:
-        (_, num_columns), (k, n) = c.shape, d.shape
+    def forward(ctx: Any, output: Tensor | None, x: Tensor, c: Tensor, d: Tensor, scale: float) -> Tensor:
+        (num_rows, num_columns), (k, n) = c.shape, d.shape
         x = x.reshape(-1, num_columns, n)
         kept, ctx.formed_again = to_keep(x)
         ctx.save_for_backward(c, d, *kept)
         ctx.scale = scale
-        ctx.mark_dirty(output)
         between = _left(c.to(x.dtype), x).view(-1, n)  # [tokens l, n]
-        output.view(-1, k).addmm_(between, d.T.to(x.dtype), alpha=scale)
+        if output is None:
+            output = x.new_zeros(len(x), num_rows * k)  # no view of what is formed: it is going to be written into
+        else:
+            ctx.mark_dirty(output)
+        add_product(output.view(-1, k), between, d.to(x.dtype), scale)
         return output
 
     @staticmethod
@@ -64,4 +68,5 @@ class _AddKronecker(Function):
         grad_between = product(narrow, d_cast.T).mul_(ctx.scale).view(-1, num_left, n)
         by_token = torch.bmm(grad_between, x.transpose(1, 2))  # [tokens, l, m]
         grad_x = _left(c_cast.T, grad_between).flatten(1) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, by_token.sum(0, dtype=c.dtype), grad_d, None
+        grad_output = grad if ctx.needs_input_grad[0] else None
+        return grad_output, grad_x, by_token.sum(0, dtype=c.dtype), grad_d, None

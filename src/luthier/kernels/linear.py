@@ -1,4 +1,4 @@
-"""x W^T + b through the library that is fastest for it.
+"""x W^T + b through the library that is fastest for it, and added to what is there already.
 
 On a CPU, PyTorch hands float32 products to MKL and bfloat16 ones to oneDNN. oneDNN is as fast in float32 too, and often
 faster: two AVX-512 cores ran a model's products at 200 to 215 GFLOP/s with it and at 150 to 190 with MKL, and a whole
@@ -6,6 +6,7 @@ output layer at 190 instead of 100. So float32 products go there, but for those
 of a few rows; everything else takes PyTorch's own way.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.recompute import to_keep
 
-__all__ = ["has_onednn", "linear", "product", "whole_product"]
+__all__ = ["add_product", "has_onednn", "linear", "linear_onto", "product", "whole_product"]
 
 SMALLEST_ROWS = 8  # below, a product is bound by reading the weight, and compiling one for the size is the larger cost
 
@@ -28,6 +29,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dim() == 2:  # a view could not be written into as cheaply
         return result
     return result.view(*x.shape[:-1], len(weight))
+
+
+def linear_onto(onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """onto + x W^T + b, written into `onto`, [tokens, out], and not needed by what made it.
+
+    The product is summed in float32 with `onto` among its terms, and rounded then: so of a small addition to large
+    outputs of few bits as much stays as the rounding leaves on average. Of one that is added to the rounded product,
+    what is below half a unit in the last place is lost, at every token.
+    """
+    result: Tensor = _LinearOnto.apply(onto, x, weight, bias)
+    return result
+
+
+def add_product(output: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """output + scale * a b^T, written into `output`, or scale * a b^T where there is none; without a gradient.
+
+    a: [rows, inner]. b: [columns, inner].
+    """
+    if output is None:
+        return a.new_empty(len(a), len(b)).addmm_(a, b.T, alpha=scale, beta=0)
+    return output.addmm_(a, b.T, alpha=scale)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -70,18 +92,42 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        kept: tuple[Tensor, ...] = ()
-        if ctx.needs_input_grad[1]:
-            kept, ctx.formed_again = to_keep(x)
-        ctx.save_for_backward(weight, *kept)
+        _keep_for_gradients(ctx, x, weight, needs_weight=ctx.needs_input_grad[1])
         result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *kept = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x = product(grad, weight.T) if needs_x else None
-        grad_weight = grad.T @ ctx.formed_again(*kept) if needs_weight else None  # no faster by oneDNN
-        return grad_x, grad_weight, grad.sum(0) if needs_bias else None
+        return _gradients(ctx, grad, ctx.needs_input_grad)
+
+
+class _LinearOnto(Function):
+    @staticmethod
+    def forward(ctx: Any, onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        _keep_for_gradients(ctx, x, weight, needs_weight=ctx.needs_input_grad[2])
+        ctx.mark_dirty(onto)
+        result = add_product(onto, x, weight)
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_onto, *needs = ctx.needs_input_grad
+        return grad if needs_onto else None, *_gradients(ctx, grad, needs)
+
+
+def _keep_for_gradients(ctx: Any, x: Tensor, weight: Tensor, *, needs_weight: bool) -> None:
+    kept: tuple[Tensor, ...] = ()
+    if needs_weight:
+        kept, ctx.formed_again = to_keep(x)
+    ctx.save_for_backward(weight, *kept)
+
+
+def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias."""
+    weight, *kept = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = needs
+    grad_x = product(grad, weight.T) if needs_x else None
+    grad_weight = grad.T @ ctx.formed_again(*kept) if needs_weight else None  # no faster by oneDNN
+    return grad_x, grad_weight, grad.sum(0) if needs_bias else None

@@ -1,4 +1,4 @@
-"""The low-rank update y + scale * (x A^T) B^T, added into the output of the frozen layer where it lies.
+"""The low-rank update y + scale * (x A^T) B^T, added into the output of the frozen layer where it lies; or without y.
 
 For the backward pass x, which neighbouring layers share, and the narrow [tokens, r] product stay: in one type, what
 plain autograd keeps too. What this saves is the update as a wide tensor of its own, on the way there and back, and the
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from luthier.kernels.linear import product
+from luthier.kernels.linear import add_product, product
 from luthier.kernels.recompute import to_keep
 
 __all__ = ["add_low_rank", "add_low_rank_plain"]
@@ -22,26 +22,28 @@ def add_low_rank_plain(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: f
     return output + scale * ((x @ a.T.to(x.dtype)) @ b.T.to(x.dtype))
 
 
-def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """output + scale * (x A^T) B^T, written into `output`, which must not be needed by the layer that made it.
+def add_low_rank(output: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """output + scale * (x A^T) B^T, written into `output`, which must not be needed by the layer that made it; the
+    update alone where there is no output.
 
-    output: [tokens, out]. x: [tokens, in]. a: [r, in]. b: [out, r]. Products run in the output's type, gradients
-    of A and B come in their own (float32 masters over a bfloat16 base).
+    output: [tokens, out] or None. x: [tokens, in]. a: [r, in]. b: [out, r]. Products run in the output's type, or in
+    x's; gradients of A and B come in their own (float32 masters over a bfloat16 base).
     """
-    updated: Tensor = _AddLowRank.apply(output, x.to(output.dtype), a, b, scale)
+    updated: Tensor = _AddLowRank.apply(output, x if output is None else x.to(output.dtype), a, b, scale)
     return updated
 
 
 class _AddLowRank(Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, output: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         narrow = product(x, a_cast)
         kept, ctx.formed_again = to_keep(x)
         ctx.save_for_backward(a_cast, b_cast, narrow, *kept)
         ctx.scale, ctx.types = scale, (a.dtype, b.dtype)
-        ctx.mark_dirty(output)
-        return output.addmm_(narrow, b_cast.T, alpha=scale)
+        if output is not None:
+            ctx.mark_dirty(output)
+        return add_product(output, narrow, b_cast, scale)
 
     @staticmethod
     @once_differentiable
@@ -52,4 +54,4 @@ class _AddLowRank(Function):
         grad_b = product(narrow.T, grad.T).T.to(ctx.types[1]).mul_(ctx.scale)
         grad_a = product(grad_narrow.T, x.T).to(ctx.types[0])
         grad_x = product(grad_narrow, a.T) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, grad_a, grad_b, None
+        return grad if ctx.needs_input_grad[0] else None, grad_x, grad_a, grad_b, None

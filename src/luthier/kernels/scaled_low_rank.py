@@ -24,25 +24,28 @@ def add_scaled_low_rank_plain(output: Tensor, x: Tensor, parts: Scaled) -> Tenso
     return output + b_factors * ((a_factors * (x @ a.T)) @ b.T)
 
 
-def add_scaled_low_rank(output: Tensor, x: Tensor, parts: Scaled) -> Tensor:
-    """output + b * (d * (x A^T)) B^T, written into `output`, which must not be needed by what made it.
+def add_scaled_low_rank(output: Tensor | None, x: Tensor, parts: Scaled) -> Tensor:
+    """output + b * (d * (x A^T)) B^T, written into `output`, which must not be needed by what made it; the update alone
+    where there is no output.
 
-    output: [tokens, out]. x: [tokens, in]. Products run in the output's type; the factors' gradients come in
-    their own.
+    output: [tokens, out] or None. x: [tokens, in]. Products run in the output's type, or in x's; the factors' gradients
+    come in their own.
     """
-    updated: Tensor = _AddScaledLowRank.apply(output, x.to(output.dtype), *parts)
+    updated: Tensor = _AddScaledLowRank.apply(output, x if output is None else x.to(output.dtype), *parts)
     return updated
 
 
 class _AddScaledLowRank(Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, a_factors: Tensor, b_factors: Tensor
+        ctx: Any, output: Tensor | None, x: Tensor, a: Tensor, b: Tensor, a_factors: Tensor, b_factors: Tensor
     ) -> Tensor:
         narrow = product(x, a.to(x.dtype))
         ctx.save_for_backward(narrow, a, b, a_factors, b_factors)
-        ctx.mark_dirty(output)
         update = product(narrow * a_factors.to(x.dtype), b.to(x.dtype))
+        if output is None:
+            return update.mul_(b_factors)
+        ctx.mark_dirty(output)
         return output.addcmul_(update, b_factors.to(x.dtype))
 
     @staticmethod
@@ -54,4 +57,5 @@ class _AddScaledLowRank(Function):
         grad_scaled = product(grad, (b * b_factors[:, None]).to(grad.dtype).T)  # of d * (x A^T): [tokens, r]
         grad_x = product(grad_scaled, (a * a_factors[:, None]).to(grad.dtype).T) if ctx.needs_input_grad[1] else None
         grad_a_factors = grad_scaled.mul_(narrow).sum(0, dtype=a_factors.dtype)
-        return grad, grad_x, None, None, grad_a_factors, grad_b_factors
+        grad_output = grad if ctx.needs_input_grad[0] else None
+        return grad_output, grad_x, None, None, grad_a_factors, grad_b_factors

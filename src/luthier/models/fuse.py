@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from luthier.kernels.float8 import AmaxWindows
 from luthier.kernels.float8_linear import float8_linear
 from luthier.kernels.gate import GATES, gated
-from luthier.kernels.linear import linear
+from luthier.kernels.linear import linear, linear_onto
 from luthier.kernels.norm import rms_norm
 
 __all__ = ["FastLinear", "FusedGatedMLP", "Fusion", "fuse"]
@@ -34,6 +34,7 @@ class Fusion:
 class FastLinear(nn.Linear):
     """x W^T + b, by the library that is fastest for it; in eight bits while it has `windows`."""
 
+    takes_onto = True
     windows: AmaxWindows | None
 
     def __init__(self, old: nn.Linear) -> None:
@@ -42,10 +43,12 @@ class FastLinear(nn.Linear):
         self.bias = old.bias
         self.windows = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
+    def forward(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """x: [..., in] -> [..., out]; with `onto`, [tokens, out], added to it where it lies."""
         if self.windows is not None:
-            return float8_linear(x, self.weight, self.bias, self.windows)
+            return float8_linear(x, self.weight, self.bias, self.windows, onto=onto)
+        if onto is not None:
+            return linear_onto(onto, x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
 
 

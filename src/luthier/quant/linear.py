@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from luthier.errors import ModelError
-from luthier.kernels.linear import linear, product
+from luthier.kernels.linear import add_product, linear, product
 from luthier.quant.int8 import INT8
 from luthier.quant.nf4 import NF4
 from luthier.recipe.problems import unknown
@@ -36,6 +36,8 @@ class QuantizedLinear(nn.Module):
     Its buffers are the fields of QUANTIZERS[scheme], under their names; scales stay float32 whatever type the network
     is moved to, since they were made for these codes.
     """
+
+    takes_onto = True
 
     def __init__(self, stored: Stored, bias: nn.Parameter | None, *, shape: torch.Size, dtype: torch.dtype) -> None:
         super().__init__()
@@ -77,10 +79,12 @@ class QuantizedLinear(nn.Module):
         """The dense weight [out, in] that the layer multiplies by, made anew at each call."""
         return self.stored.dense(self.shape, self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out], a tensor of its own, which may be written into."""
+    def forward(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """x: [..., in] -> [..., out], a tensor of its own, which may be written into; with `onto`, [tokens, out], added
+        to it where it lies.
+        """
         rows = x.reshape(-1, x.shape[-1])
-        result: Tensor = _FrozenProduct.apply(rows, self.bias, self.stored, self.shape, self.dtype)
+        result: Tensor = _FrozenProduct.apply(onto, rows, self.bias, self.stored, self.shape, self.dtype)
         return result if x.dim() == 2 else result.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -101,19 +105,29 @@ class QuantizedLinear(nn.Module):
 class _FrozenProduct(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, stored: Stored, shape: torch.Size, dtype: torch.dtype
+        ctx: Any,
+        onto: Tensor | None,
+        x: Tensor,
+        bias: Tensor | None,
+        stored: Stored,
+        shape: torch.Size,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.format, ctx.shape, ctx.dtype = type(stored), shape, dtype
-        return linear(x, stored.dense(shape, dtype), bias)
+        if onto is None:
+            return linear(x, stored.dense(shape, dtype), bias)
+        ctx.mark_dirty(onto)
+        result = add_product(onto, x, stored.dense(shape, dtype))
+        return result if bias is None else result.add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, needs_bias, *_ = ctx.needs_input_grad
+        needs_onto, needs_x, needs_bias, *_ = ctx.needs_input_grad
         stored: Stored = ctx.format(*ctx.saved_tensors)
         grad_x = product(grad, stored.dense(ctx.shape, ctx.dtype).T) if needs_x else None
-        return grad_x, grad.sum(0) if needs_bias else None, None, None, None
+        return grad if needs_onto else None, grad_x, grad.sum(0) if needs_bias else None, None, None, None
 
 
 def round_trip(weight: Tensor, scheme: str) -> Tensor:
