@@ -18,11 +18,13 @@ from luthier.adapters.merge import merge_adapters
 from luthier.adapters.switch import delete_adapter
 from luthier.adapters.targets import named_places
 from luthier.errors import RecipeError
-from luthier.models.packed import MOST_ROWS, PackedLinear, Packing, can_pack
+from luthier.models.packed import MOST_ROWS, PackedLinear, Packing, can_pack, stored_bytes
 from luthier.models.quantize import quantize_base
 from luthier.quant.linear import quantize_layers
 from luthier.recipe.adapters import AnyAdapter, BitFit, Bottleneck, DoRA, LoRA, VeRA
 from luthier.recipe.training import Training
+from luthier.shortage import function_of_c
+from luthier.training import memory
 from luthier.training.optimizers import make_optimizer
 from luthier.training.precision import Precision, float32_masters
 
@@ -51,6 +53,25 @@ def test_fp16_is_the_product_with_the_weight_rounded_to_float16(count: int, size
     expected = x.double() @ rounded.T + (dense.bias.double() if bias else 0)
     bound = 1e-6 * float((x.abs() @ dense.weight.abs().T).max() + 4)
     torch.testing.assert_close(PackedLinear(dense, "fp16")(x).double(), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.skipif(function_of_c("mallinfo2") is None, reason="the C library does not tell what is in use")
+@pytest.mark.parametrize("form", ["dense", "fp16", "int8"])
+@pytest.mark.parametrize("size", [300, 512, 576, 640, 641, 1088])
+def test_stored_bytes_are_what_the_heap_then_has_in_use(size: int, form: str) -> None:
+    """To 3%: scales of rows and small objects come on top."""
+    dense, before = layer(4000, size, bias=False, dtype=torch.bfloat16), bytes_in_use()
+    packed = PackedLinear(dense, form)
+    assert packed.out_features == 4000  # it lives
+    assert bytes_in_use() - before == pytest.approx(stored_bytes(form, 4000, size), rel=0.03, abs=50_000)
+
+
+def bytes_in_use() -> int:
+    told = function_of_c("mallinfo2")
+    assert told is not None
+    told.restype = memory._MallInfo
+    found = told()
+    return int(found.uordblks + found.hblkhd)
 
 
 @pytest.mark.parametrize("size", [512, 513, 576, 640, 641, 1088])

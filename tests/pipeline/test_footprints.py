@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, Lla
 
 from luthier.models.load import load
 from luthier.pipeline import footprints
-from luthier.pipeline.footprints import Outlined, footprint_of
+from luthier.pipeline.footprints import Outlined, Stage, footprint_of
 from luthier.pipeline.plan import largest_micro_batch
 from luthier.pipeline.policy import COLUMNS
 from luthier.pipeline.prepare import prepare_data
@@ -90,9 +90,9 @@ def test_a_few_layers_give_the_bytes_of_all(
     prepared = prepare_data(settings, load(name), tmp_path / "stage")
     batch = placeholders(largest_micro_batch(settings, prepared, 1000), *COLUMNS)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        whole = Outlined(word, settings, name)
+        whole = Outlined(Stage(word, settings, name))
         expected = step_footprint(whole.state, batch, whole.objective)
-    assert footprint_of(word, settings, name, batch)[1] == expected
+    assert footprint_of(Stage(word, settings, name), batch)[1] == expected
 
 
 def test_the_period_of_layers_is_seen(deep_model: dict[str, str]) -> None:
@@ -101,6 +101,6 @@ def test_the_period_of_layers_is_seen(deep_model: dict[str, str]) -> None:
     for more in ({}, {"gradient_checkpointing": 3}, {"adapter": None, "freeze": ["*.layers.7.*"]}):
         settings: Any = settings_from(STAGE_SETTINGS["sft"], {"data": "rows.jsonl", "dtype": "fp32", **more})
         with FakeTensorMode(allow_non_fake_inputs=True):
-            kinds = footprints._kinds(Outlined("sft", settings, deep_model["llama"]).model)
+            kinds = footprints._kinds(Outlined(Stage("sft", settings, deep_model["llama"])).model)
         periods.append(footprints._period(kinds))
     assert periods == [1, 3, NUM_LAYERS]

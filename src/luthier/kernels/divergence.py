@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from luthier.kernels.logprobs import HeadOptions, logits_of
+from luthier.kernels.turns import slices
 
 __all__ = ["linear_divergence"]
 
@@ -22,8 +23,7 @@ def linear_divergence(
     """
     found = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     at_once = max(1, options.chunk_bytes // (4 * len(weights[0])))
-    for start in range(0, len(hidden), at_once):
-        rows = slice(start, start + at_once)
+    for rows in slices(len(hidden), at_once):
         log_p = _log_probabilities(hidden[rows], weights[0], biases[0], options)
         log_q = _log_probabilities(other[rows], weights[1], biases[1], options)
         found[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)

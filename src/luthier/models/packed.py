@@ -24,7 +24,7 @@ from luthier.adapters.targets import Linear, named_places
 from luthier.errors import RecipeError
 from luthier.kernels.linear import has_onednn, whole_product
 
-__all__ = ["PACKED", "Packing", "can_pack", "versions_of"]
+__all__ = ["PACKED", "Packing", "can_pack", "stored_bytes", "versions_of"]
 
 MOST_ROWS = 64  # for more, a product is bound by its operations, and the dense layer is as fast
 _BLOCK = 512  # inputs
@@ -69,10 +69,8 @@ class PackedLinear(nn.Module):
 
 
 def _by_float16(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """FBGEMM stores a begun block of inputs whole, so what is little of one is kept as it is: of 576 inputs, 64."""
-    num_packed = weight.shape[1] // _BLOCK * _BLOCK
-    if not num_packed or weight.shape[1] - num_packed > _BLOCK // 4:
-        num_packed = weight.shape[1]
+    """Inputs that are not packed stay as they are, in float32."""
+    num_packed = _packed_inputs(weight.shape[1])
     wide = None if bias is None else bias.float()
     stored = torch.ops.quantized.linear_prepack_fp16(weight[:, :num_packed].float().contiguous(), wide)
     if num_packed == weight.shape[1]:
@@ -85,6 +83,12 @@ def _by_float16(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
         return product.addmm_(x[:, num_packed:], others)
 
     return multiply
+
+
+def _packed_inputs(num_inputs: int) -> int:
+    """How many are stored in float16, as 512 of 576: FBGEMM stores a begun block whole, so a little of it is not."""
+    whole = num_inputs // _BLOCK * _BLOCK
+    return whole if whole and num_inputs - whole <= _BLOCK // 4 else num_inputs
 
 
 def _by_int8(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -107,6 +111,15 @@ PACKED: dict[str, Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]]
 """From weight [out, in] and bias to x -> x W^T + b in float32, x: [rows, in]."""
 
 FORMS = {"dense": _dense, **PACKED}
+
+
+def stored_bytes(form: str, num_outputs: int, num_inputs: int) -> int:
+    """What a layer's weight takes in this form besides the layer itself."""
+    if form == "fp16":
+        packed = _packed_inputs(num_inputs)
+        whole = packed if packed < num_inputs else -(-packed // _BLOCK) * _BLOCK
+        return num_outputs * (2 * whole + 4 * (num_inputs - packed))
+    return num_outputs * (num_inputs + -num_inputs % _INT8_MULTIPLE) if form == "int8" else 0
 
 
 class Packing:

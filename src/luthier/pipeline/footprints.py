@@ -7,7 +7,7 @@ whole network is asked.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,56 +25,46 @@ from luthier.recipe.preference import RewardModel
 from luthier.recipe.training import Training
 from luthier.training.footprint import Footprint, PassBytes, held_bytes, pass_bytes
 
-__all__ = ["Outlined", "footprint_of"]
+__all__ = ["Outlined", "Stage", "footprint_of"]
 
 _FEWEST_LAYERS = 2  # a prefix's first layer keeps more than the others
 
 
-class Outlined:
-    """A stage's network without weights. tokenizer: as it was read. dense_bytes: of the weights before they were
-    quantized.
-    """
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of a recipe and the model that it is for. tokenizer: the model's, where that has been read already."""
 
-    def __init__(
-        self,
-        word: str,
-        settings: Training,
-        model_name: str,
-        *,
-        layers: int | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """layers: the first of the model's; None for all. tokenizer: the model's, where that has been read already. To
-        be called, and used, within a FakeTensorMode.
-        """
-        self.objective = STAGES[word].method(settings).objective
-        either = isinstance(settings, RewardModel)
-        self.model: Model = outline(model_name, dtype=settings.dtype, either=either, layers=layers, tokenizer=tokenizer)
-        self.tokenizer = self.model.tokenizer
+    word: str
+    settings: Training
+    model_name: str
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+class Outlined:
+    """A stage's network without weights. dense_bytes: of the weights before they were quantized."""
+
+    def __init__(self, stage: Stage, *, layers: int | None = None) -> None:
+        """layers: the first of the model's; None for all. To be called, and used, within a FakeTensorMode."""
+        settings, of_either = stage.settings, isinstance(stage.settings, RewardModel)
+        self.objective = STAGES[stage.word].method(settings).objective
+        self.model: Model = outline(
+            stage.model_name, dtype=settings.dtype, either=of_either, layers=layers, tokenizer=stage.tokenizer
+        )
+        self.stage = replace(stage, tokenizer=self.model.tokenizer)  # as it is before the settings add tokens to it
         self.dense_bytes = sum(p.nbytes for p in self.model.network.parameters())
         prepare_network(settings, self.model)
         self.state = fresh_state(settings, self.model, outline=True)
 
 
-def footprint_of(
-    word: str,
-    settings: Training,
-    model_name: str,
-    batch: TokenBatch,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[Outlined, Footprint]:
-    """The whole network without weights, and what a step over the batch holds. tokenizer: the model's, where that has
-    been read already.
-    """
+def footprint_of(stage: Stage, batch: TokenBatch) -> tuple[Outlined, Footprint]:
+    """The whole network without weights, and what a step over the batch holds."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        whole = Outlined(word, settings, model_name, tokenizer=tokenizer)
+        whole = Outlined(stage)
         filled = placeholders(batch, *COLUMNS)
         held = held_bytes(whole.state)
-        shorter = partial(_short, word, settings, model_name, filled, whole.tokenizer)
-        peak = _extrapolated(shorter, _kinds(whole.model))
+        peak = _extrapolated(partial(_short, whole.stage, filled), _kinds(whole.model))
         if peak is None:
-            peak = pass_bytes(whole.state, filled, whole.objective, offloaded=settings.offload_activations).peak
+            peak = _pass_bytes(whole, filled).peak
         return whole, replace(held, activations=peak)
 
 
@@ -115,15 +105,13 @@ def _extrapolated(shorter: Callable[[int], PassBytes], kinds: list[object]) -> i
     return first.peak + grown * (periods - fewer) if grown == second.kept - first.kept else None
 
 
-def _short(
-    word: str,
-    settings: Training,
-    model_name: str,
-    batch: TokenBatch,
-    tokenizer: PreTrainedTokenizerBase,
-    layers: int,
-) -> PassBytes:
-    settings = settings.model_copy(update={"parameter_groups": {}})  # whose patterns may name layers that are left out
-    short = Outlined(word, settings, model_name, layers=layers, tokenizer=tokenizer)
+def _short(stage: Stage, batch: TokenBatch, layers: int) -> PassBytes:
+    settings = stage.settings.model_copy(update={"parameter_groups": {}})  # patterns may name layers that are left out
+    short = Outlined(replace(stage, settings=settings), layers=layers)
     short.state.hold_all()
-    return pass_bytes(short.state, batch, short.objective, offloaded=settings.offload_activations)
+    return _pass_bytes(short, batch)
+
+
+def _pass_bytes(outlined: Outlined, batch: TokenBatch) -> PassBytes:
+    offloaded = outlined.stage.settings.offload_activations
+    return pass_bytes(outlined.state, batch, outlined.objective, offloaded=offloaded)

@@ -2,8 +2,8 @@
 
 The stage's own data is read and encoded, its network is built without weights, and a step over its largest micro-batch
 runs on tensors that have no values, every byte counted. To that come what the process holds already and what the C
-library's allocator loses between blocks. Loading has a peak of its own: a file in float32 is mapped while bfloat16 is
-made of it.
+library's allocator loses between blocks. Loading has a peak of its own: beside the weights, a file in float32 is mapped
+while bfloat16 is made of it, and then there are the codes of what is quantized, or another model that is the reference.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from luthier.data.prepare import Prepared
 from luthier.data.sequences import Item, sequences_of
 from luthier.models.load import Model, default_device, outline
 from luthier.pipeline.disk import state_bytes
-from luthier.pipeline.footprints import footprint_of
+from luthier.pipeline.footprints import Stage, footprint_of
 from luthier.pipeline.prepare import prepare_data
 from luthier.pipeline.prompts import answered
 from luthier.pipeline.rollout_memory import rollout_bytes
@@ -159,7 +159,7 @@ class Planner:
 
     def _plan(self, settings: Training, tokens: int) -> MemoryPlan:
         batch = largest_micro_batch(settings, self.prepared, tokens)
-        outlined, footprint = footprint_of(self.word, settings, self.model_name, batch, tokenizer=self.tokenizer)
+        outlined, footprint = footprint_of(Stage(self.word, settings, self.model_name, self.tokenizer), batch)
         model, dense = outlined.model, outlined.dense_bytes
         written = state_bytes(settings, footprint)
         footprint, offloaded = beside_model(footprint, settings.offload_optimizer, self.memory.device)
@@ -178,8 +178,7 @@ class Planner:
             },
             loading_bytes=process
             + dense
-            + footprint.weights * bool(settings.quantize_base)
-            + max(also_mapped, _reference_bytes(settings)),
+            + max(also_mapped, footprint.weights * bool(settings.quantize_base), _reference_bytes(settings)),
             available_bytes=self.memory.available_bytes,
             state_bytes=written,
             offloaded_bytes=offloaded,

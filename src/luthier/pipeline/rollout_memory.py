@@ -8,13 +8,11 @@ from transformers import PreTrainedModel
 from luthier.adapters.adapted import bare
 from luthier.adapters.targets import Linear, named_places
 from luthier.models.load import Model
-from luthier.models.packed import can_pack
+from luthier.models.packed import can_pack, stored_bytes
 from luthier.recipe.policy import OnPolicy
 from luthier.recipe.sampling import AnswerSampling
 
 __all__ = ["rollout_bytes", "weights_of"]
-
-_BYTES = {"fp16": 2, "int8": 1}  # a weight, where it is stored anew
 
 
 def weights_of(settings: OnPolicy | AnswerSampling, network: PreTrainedModel) -> str:
@@ -30,12 +28,13 @@ def rollout_bytes(settings: OnPolicy, model: Model, *, longest_prompt: int, step
         return 0
     form = weights_of(settings, model.network)
     places = [bare(place) for _, place in named_places(model.network)]
-    num_weights = sum(one.in_features * one.out_features for one in places if isinstance(one, Linear))
+    shapes = [(one.out_features, one.in_features) for one in places if isinstance(one, Linear)]
     merged = form == "dense" and settings.adapter is not None  # the originals are kept beside
     rows = min(settings.rollout_rows, settings.batch_size * settings.minibatches * settings.group_size)
     num_tokens = rows * settings.max_new_tokens + -(-rows // settings.group_size) * longest_prompt
-    while_sampling = num_tokens * _bytes_of_keys(model) + merged * num_weights * model.dtype.itemsize
-    return num_weights * _BYTES.get(form, 0) + max(0, while_sampling - step_bytes)
+    num_merged = merged * sum(outputs * inputs for outputs, inputs in shapes)
+    while_sampling = num_tokens * _bytes_of_keys(model) + num_merged * model.dtype.itemsize
+    return sum(stored_bytes(form, *shape) for shape in shapes) + max(0, while_sampling - step_bytes)
 
 
 def _bytes_of_keys(model: Model) -> int:

@@ -34,6 +34,7 @@ from luthier.recipe.policy import OnPolicy
 from luthier.rollout.requests import Engine, Request, Sampling
 from luthier.rollout.rewards import Rewarder, count_failures
 from luthier.rollout.scoring import Answered, Failure
+from luthier.shortage import release_freed_memory
 from luthier.training.room import Room
 
 __all__ = ["RolloutPlan", "sampling_of"]
@@ -137,7 +138,10 @@ class RolloutPlan:
             RolloutFiles.of(self.folder, earlier).forget_batch()
 
     def _made(self, number: int, files: RolloutFiles) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Samples, scores, and works out what is known of every token; written down."""
+        """Samples, scores, and works out what is known of every token; written down. What learning and sampling need is
+        of other sizes, so each gives back before the other begins.
+        """
+        release_freed_memory()
         started = time.perf_counter()
         if files.numbers() is not None:
             logger.warning("%s: its batch is gone, so it is sampled anew, by the policy as it is now", files.folder)
@@ -161,6 +165,7 @@ class RolloutPlan:
         numbers = {"told": told, "next_prompt": next_prompt, "next_beta": self._next_beta(beta, kl, len(usable))}
         files.keep_answers(as_rows(everything, list(compress(usable, trained))))
         files.keep_batch(tensors, numbers)
+        release_freed_memory()
         return tensors, numbers
 
     def _next_beta(self, beta: float, kl: float | None, num_answers: int) -> float:
