@@ -4,7 +4,7 @@ The last torch-free form of the data: templates make it, the audit reads it, bat
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,11 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def part(self, tokens: slice) -> "TokenSequence":
+        """These tokens of a sequence without columns."""
+        assert not self.columns
+        return replace(self, token_ids=self.token_ids[tokens], trained=self.trained[tokens])
 
     @property
     def num_trained(self) -> int:

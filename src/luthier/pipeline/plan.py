@@ -7,7 +7,7 @@ while bfloat16 is made of it, and then there are the codes of what is quantized,
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier.data.batches import StepPlan, TokenBatch, cut, pieces
+from luthier.data.batches import StepPlan, TokenBatch, collate, cut
 from luthier.data.prepare import Prepared
 from luthier.data.sequences import Item, sequences_of
 from luthier.models.load import Model, default_device, outline
@@ -225,20 +225,27 @@ def _reference_bytes(settings: Training) -> int:
 
 
 def largest_micro_batch(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> TokenBatch:
-    """The one with the most tokens in the whole training."""
-    steps = _steps(settings, prepared, micro_batch_tokens)
+    """The one with the most tokens in the whole training; of a policy, whose answers are yet to come, a full one."""
+    if isinstance(settings, OnPolicy):
+        return collate(_fullest(settings, prepared, micro_batch_tokens))
+    plan = StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
+    steps = (plan.step(i) for i in range(plan.num_steps))
     batches = (b for step in steps for b in cut(step, micro_batch_tokens, packing=settings.packing))
     return max(batches, key=lambda batch: (batch.num_tokens, batch.count("tokens")))
 
 
-def _steps(settings: Training, prepared: Prepared, micro_batch_tokens: int) -> Sequence[Sequence[Item]]:
-    """The items of every step; of a policy only those of the largest, which answers its longest prompts."""
-    if isinstance(settings, OnPolicy):
-        longest = sorted(sequences_of(prepared.train), key=len)[-settings.batch_size :]
-        groups = (answered(one, settings.group_size) for one in longest)
-        return [[piece for group in groups for piece in pieces(group, micro_batch_tokens)]]
-    plan = StepPlan(prepared.train, settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
-    return [plan.step(i) for i in range(plan.num_steps)]
+def _fullest(settings: OnPolicy, prepared: Prepared, micro_batch_tokens: int) -> list[Item]:
+    """Groups of answers, the longest prompts first, of as many tokens as a micro-batch may have and a step can: which
+    lengths come is not known, and there may be such as fill it.
+    """
+    filling: list[Item] = []
+    left = micro_batch_tokens
+    for stand_in in sorted(sequences_of(prepared.train), key=len, reverse=True)[: settings.batch_size]:
+        if left < 2 or (filling and not settings.packing):
+            break
+        filling.append(answered(stand_in, settings.group_size, most_tokens=left))
+        left -= len(filling[-1])
+    return filling
 
 
 def _prepared(settings: Training, model_name: str) -> tuple[Prepared, PreTrainedTokenizerBase]:

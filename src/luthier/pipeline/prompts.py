@@ -73,14 +73,24 @@ def prepare_prompts(settings: OnPolicy, tokenizer: PreTrainedTokenizerBase, *, q
     return PreparedPrompts(train, [], Audit((), len(train), tokens, trained), counts, asked, evaluated)
 
 
-def answered(stand_in: TokenSequence, count: int) -> TokenGroup:
-    """A prompt's stand-in as a group of so many answers, of which no two begin alike."""
-    first = int(stand_in.trained.argmax())
+def answered(stand_in: TokenSequence, count: int, *, most_tokens: int | None = None) -> TokenGroup:
+    """A prompt's stand-in as a group of so many answers, of which no two begin alike.
+
+    most_tokens: of the group, at least 2; its last answers are then shorter, or missing, and the prompt is cut where it
+    would take more than half.
+    """
+    prompt = int(stand_in.trained.argmax())
+    longest = len(stand_in) - prompt
+    room = count * longest
+    if most_tokens is not None:
+        kept = min(prompt, max(most_tokens // 2, most_tokens - room))
+        stand_in, prompt, room = stand_in.part(slice(prompt - kept, None)), kept, most_tokens - kept
     answers = []
-    for number in range(count):
-        ids = stand_in.token_ids.copy()
-        ids[first] = number
-        answers.append(replace(stand_in, token_ids=ids))
+    for number in range(min(count, -(-room // longest))):
+        answer = stand_in.part(slice(prompt + min(longest, room - number * longest)))
+        ids = answer.token_ids.copy()
+        ids[prompt] = number
+        answers.append(replace(answer, token_ids=ids))
     return TokenGroup(tuple(answers))
 
 
