@@ -50,6 +50,13 @@ class Optimizer(torch.optim.Optimizer):
             if members:
                 group["rule"].step(members, group, self._left_out(members[0].weight.device))
 
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Makes the state of every parameter where it is not there yet, as its first step would."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._state_of(parameter, group)
+
     def _left_out(self, device: torch.device) -> Tensor:
         if self.found_inf is None:
             return torch.zeros((), dtype=torch.bool, device=device)

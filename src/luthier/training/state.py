@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from luthier.models.float8 import float8_layers
 from luthier.recipe.precision import LossScaling
 from luthier.training.loss_scaling import LossScale, first_scale
-from luthier.training.optimizers import Optimizer, step_if_finite
+from luthier.training.optimizers import Optimizer
 from luthier.training.precision import Precision
 
 __all__ = ["Progress", "TrainState"]
@@ -75,8 +75,7 @@ class TrainState:
         """
         for parameter in self.trained().values():
             parameter.grad = torch.zeros_like(parameter)
-        not_finite = torch.full((), torch.inf, device=next(self.network.parameters()).device)
-        step_if_finite(self.optimizer, not_finite)
+        self.optimizer.hold()
 
     def drop_gradients(self) -> None:
         """Frees the gradients of all that is trained."""
