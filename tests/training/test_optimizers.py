@@ -148,18 +148,21 @@ def test_a_step_leaves_the_gradients(run_of: RunOf, word: str) -> None:
 
 
 @every_optimizer
-def test_a_plan_counts_what_a_step_stores(run_of: RunOf, word: str) -> None:
-    """On tensors without values the same state, in names and sizes."""
-    sizes = []
+def test_what_is_held_before_a_step_is_what_a_step_stores(run_of: RunOf, word: str) -> None:
+    """In names and sizes, with values and without, as a plan counts it; and no weight is another."""
+    stored = run_whole(run_of, word, narrow=False)
+    for parameter in stored.state.network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step_if_finite(stored.state.optimizer, torch.ones(()))
+    expected = {name: value.nbytes for name, value in stored.state.tensors().items()}
+    assert len(expected) > 40
     for mode in (FakeTensorMode(), nullcontext()):
         with mode:
             run = run_whole(run_of, word, narrow=False)
-            for parameter in run.state.network.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            step_if_finite(run.state.optimizer, torch.ones(()))
-            sizes.append({name: value.nbytes for name, value in run.state.tensors().items()})
-    assert len(sizes[0]) > 40
-    assert sizes[0] == sizes[1]
+            before = [p.detach().clone() for p in run.state.network.parameters()]
+            run.state.hold_all()
+            assert {name: value.nbytes for name, value in run.state.tensors().items()} == expected
+    assert all(map(torch.equal, run.state.network.parameters(), before))
 
 
 @pytest.mark.parametrize("narrow", [True, False], ids=["bf16", "fp32"])
