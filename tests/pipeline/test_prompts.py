@@ -22,9 +22,7 @@ def test_a_group_has_the_prompt_once_and_each_answer_whole(prompt: int, answer: 
     assert group.num_trained == count * answer
 
 
-@given(
-    prompt=st.integers(1, 40), answer=st.integers(1, 30), count=st.integers(1, 9), most_tokens=st.integers(2, 400)
-)
+@given(prompt=st.integers(1, 40), answer=st.integers(1, 30), count=st.integers(1, 9), most_tokens=st.integers(2, 400))
 def test_a_bounded_group_is_full_where_answers_could_fill_it(
     prompt: int, answer: int, count: int, most_tokens: int
 ) -> None:
