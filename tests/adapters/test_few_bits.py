@@ -16,8 +16,9 @@ from luthier.adapters.adapted import AdaptedLinear
 from luthier.adapters.inject import adapted_layers, inject
 from luthier.models.float8 import in_float8
 from luthier.models.fuse import fuse
+from luthier.models.packed import PackedLinear
 from luthier.quant.linear import quantize_layers
-from luthier.recipe.adapters import ADAPTER_SETTINGS, AnyAdapter, LoHa, LoKr
+from luthier.recipe.adapters import ADAPTER_SETTINGS, AnyAdapter, LoHa, LoKr, LoRA
 from luthier.recipe.precision import CurrentFP8
 
 SMALL = 1 / 2000  # of the outputs; rounding changes a number by up to 1/512 or 1/256 of it
@@ -96,16 +97,70 @@ def test_a_change_by_any_type_is_kept(kind: str, bias: bool) -> None:
     assert kept(put(network(bias=bias), kind)) == WHOLE
 
 
-@pytest.mark.parametrize("base", ["fast", "fp8", "nf4", "int8"])
-def test_a_change_is_kept_over_any_base(base: str) -> None:
-    model = network()
+def over(model: nn.Module, base: str) -> None:
+    """Stores the model's layers in this form."""
     if base in {"nf4", "int8"}:
         quantize_layers(model, base)
-    else:
+    elif base != "plain":
         fuse(model)
     if base == "fp8":
         in_float8(model, CurrentFP8())
+
+
+@pytest.mark.parametrize("base", ["fast", "fp8", "nf4", "int8"])
+def test_a_change_is_kept_over_any_base(base: str) -> None:
+    model = network()
+    over(model, base)
     assert kept(put(model, "lora")) == WHOLE
+
+
+@pytest.mark.parametrize("num_rows", [8, 400], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+def test_a_change_is_kept_while_answers_are_sampled(form: str, num_rows: int) -> None:
+    """In layers of few bytes, and in the dense ones that many rows pass through."""
+    model = network()
+    layer = put(model, "lora")
+    dense, packed = layer.base, PackedLinear(layer.base, form)
+    found = []
+    with torch.no_grad():
+        for base in (packed, dense):
+            layer.base = base
+            parts = [outputs_and_change(layer, x, "default")[1] for x in inputs().split(num_rows)]
+            found.append(torch.cat(parts))
+        layer.base = dense
+        _, exact = outputs_and_change(deepcopy(layer).double(), inputs().double(), "default")
+    assert [float((one * exact).sum() / exact.square().sum()) for one in found] == [WHOLE, WHOLE]
+
+
+@pytest.mark.parametrize("base", ["plain", "fast", "fp8", "nf4", "int8"])
+@pytest.mark.parametrize("kind", ["lora", "lokr", "bitfit"])
+def test_a_new_adapter_changes_no_output_of_a_layer_with_a_bias(kind: str, base: str) -> None:
+    """To the bit: a policy starts as its own reference."""
+    model = network(bias=True)
+    over(model, base)
+    inject(model, settings_of(kind), seed=0)
+    layer = adapted_layers(model)["model.layers.0.mlp.gate_proj"]
+    with torch.no_grad():
+        assert torch.equal(layer(inputs()), layer.base(inputs()))
+
+
+@pytest.mark.parametrize("base", ["plain", "fast", "nf4"])
+def test_hooks_see_what_the_layer_gives(base: str) -> None:
+    model = network()
+    over(model, base)
+    layer, seen = put(model, "lora"), []
+    with torch.no_grad():
+        expected = layer.base(inputs())
+        layer.base.register_forward_hook(lambda module, given, output: seen.append(output.clone()))
+        layer(inputs())
+    assert torch.equal(*seen, expected)
+
+
+def test_another_formula_in_place_of_a_layers_own_is_used() -> None:
+    layer = put(network(), "lora")
+    layer.base.forward = lambda x: x.new_zeros(len(x), 320)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(inputs()), layer.adapters["default"].add(inputs(), None), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("inner", ["bitfit", "lora", "lokr"])
@@ -127,10 +182,29 @@ def test_over_what_is_no_sum_a_change_is_added(inner: str) -> None:
     if kind == "ia3":
         settings = settings.model_copy(update={"feedforward_modules": ("gate_proj",) if variant else ()})
     inject(model, settings, seed=0, name="inner")
-    layer = put(model, "lora", name="outer")
-    for name in ("inner", "outer"):
-        draw(layer, name, std=0.1, mean=0.5)
+    layer = adapted_layers(model)["model.layers.0.mlp.gate_proj"]
+    draw(layer, "inner", std=0.1, mean=0.5)
     layer.shares = {"inner": 0.5} if inner == "lora_in_part" else {}
+    put(model, "lora", name="outer")
+    with torch.no_grad():
+        layer.adapters["outer"].lora_B.mul_(0.3 / SMALL)
+        found, exact = layer(inputs()).double(), deepcopy(layer).double()(inputs().double())
+        for name in ("inner", "outer"):
+            _, change = outputs_and_change(deepcopy(layer).double(), inputs().double(), name)
+            assert change.norm() > 0.1 * exact.norm(), f"the test would not see whether {name} is there"
+    torch.testing.assert_close(found, exact, rtol=0, atol=3 / 256 * float(exact.abs().max()))
+
+
+def test_over_rows_of_new_tokens_a_bias_is_added() -> None:
+    """On an output layer with a bias; a rounding of 1/256 for every product."""
+    model = network()
+    model.lm_head = nn.Linear(256, 97, bias=True).requires_grad_(False).bfloat16()
+    inject(model, LoRA(target_modules=("gate_proj",), trainable_token_indices=(3, 5)), seed=0, name="inner")
+    inject(model, LoRA(target_modules=("gate_proj",), bias="all"), seed=0, name="outer")
+    layer = adapted_layers(model)["lm_head"]
+    assert layer.active == ("inner", "outer")
+    for name in layer.active:
+        draw(layer, name, std=1.0)
     with torch.no_grad():
         found, exact = layer(inputs()).double(), deepcopy(layer).double()(inputs().double())
     torch.testing.assert_close(found, exact, rtol=0, atol=3 / 256 * float(exact.abs().max()))

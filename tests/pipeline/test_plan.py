@@ -125,15 +125,17 @@ def test_the_command_says_what_to_change_for_a_smaller_machine(settings: SFT) ->
     assert "take a smaller model" in " ".join(printed.split())
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [64, 100, 10**6])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 64, 100, 10**6])
 def test_a_policys_largest_micro_batch_is_full_whatever_lengths_will_come(
     chat_model: Path, tmp_path: Path, micro_batch_tokens: int
 ) -> None:
-    """Or has all that a step can have."""
+    """Or has all that a step can have, and one answer in any case."""
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"Say {'the ' * n}word.", "answer": "1"}) + "\n" for n in range(9)))
     policy = GRPO(data=str(data), reward="numeric", batch_size=2, group_size=4, max_new_tokens=10, max_length=64)
     prepared = prepare_data(policy, load(str(chat_model)), tmp_path)
     longest = sorted(map(len, prepared.train))[-2:]
     whole = sum(longest) + 2 * 3 * 10
-    assert largest_micro_batch(policy, prepared, micro_batch_tokens).num_tokens == min(micro_batch_tokens, whole)
+    expected = min(max(micro_batch_tokens, longest[-1]), whole)
+    assert longest[-1] > 20
+    assert largest_micro_batch(policy, prepared, micro_batch_tokens).num_tokens == expected

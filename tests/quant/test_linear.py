@@ -66,6 +66,16 @@ def test_the_gradient_agrees_with_finite_differences(scheme: str) -> None:
     assert torch.autograd.gradcheck(lambda rows, _: layer(rows), (x, layer.bias))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+def test_what_it_is_added_to_has_the_outputs_gradient(scheme: str, bias: bool) -> None:
+    layer = QuantizedLinear.of(dense(bias=bias, dtype=torch.float64, sizes=(6, 5)), scheme)
+    generator = torch.Generator().manual_seed(1)
+    x, added = (torch.randn(3, n, dtype=torch.float64, generator=generator, requires_grad=True) for n in (6, 5))
+    given = (x, added, *([layer.bias] if bias else []))
+    assert torch.autograd.gradcheck(lambda rows, onto, *_: layer(rows, onto=onto * 1), given)
+    torch.testing.assert_close(layer(x, onto=added * 1), layer(x) + added, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("rows", [(11,), (2, 11)], ids=str)
 def test_an_adapter_may_write_into_the_output(scheme: str, rows: tuple[int, ...]) -> None:
     """To 1e-5, gradients of the largest: float32 sums of other order."""

@@ -3,8 +3,8 @@
 An adapter is called with the module's inputs and with `base`, a callable that is the module, or the module under the
 adapters further in. Nothing here knows what kind of adapter it calls.
 
-On a linear layer, base(x, onto=y) is base(x) + y, written into y. It is what adapters of outputs in few bits use:
-the layer's product is then rounded once, with all that they add in it.
+On a linear layer, base(x, onto=y) is base(x) + y, perhaps written into y. It is what adapters of outputs in few bits
+use: the layer's product is then rounded once, with all that they add in it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -19,13 +19,13 @@ from luthier.errors import AdapterError
 from luthier.kernels.linear import linear_onto
 from luthier.kernels.streams import STREAM_MULTIPLE
 
-__all__ = ["Adapted", "AdaptedLinear", "Base", "Rows", "bare", "is_innermost", "put_back", "refuse_stripped"]
+__all__ = ["Adapted", "AdaptedLinear", "Base", "Layer", "Rows", "bare", "is_innermost", "put_back", "refuse_stripped"]
 
 Base = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """A linear layer as the base of its innermost adapter."""
 
     module: nn.Module
@@ -36,13 +36,21 @@ class _Layer:
         result: Tensor
         if onto is None:
             result = module(x)
+        elif _is_watched(module):  # who watches is to see what the layer gives: rounded twice
+            result = onto.add_(module(x))
         elif getattr(module, "takes_onto", False):
             result = module(x, onto=onto)
-        elif type(module).forward is nn.Linear.forward and not (module._forward_hooks or module._forward_pre_hooks):
+        elif type(module).forward is nn.Linear.forward:
             result = linear_onto(onto, x, module.weight, module.bias)
-        else:  # a stranger's: rounded twice
+        else:  # a stranger's
             result = onto.add_(module(x))
         return result
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody has put hooks on the module, or another formula in place of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +169,14 @@ class AdaptedLinear(Adapted):
         if self.rows is not None:
             return self._by_rows(x, self.rows)
         apply = self._apply_all(self._shares)
-        if isinstance(apply, _Layer):
+        if isinstance(apply, Layer):
             return apply(x)
         flat: Tensor = apply(x.reshape(-1, x.shape[-1]))
         return flat.view(*x.shape[:-1], flat.shape[-1])
 
     @property
     def _innermost(self) -> Base:
-        return _Layer(self.base)
+        return Layer(self.base)
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
         """Each row's adapter applies wholly; what a stream is made up with has none."""
@@ -206,7 +214,7 @@ def bare(module: nn.Module) -> nn.Module:
 
 def is_innermost(base: Base, module: nn.Module) -> bool:
     """Whether this base is the module itself, with no other adapter on it."""
-    return (base.module if isinstance(base, _Layer) else base) is module
+    return (base.module if isinstance(base, Layer) else base) is module
 
 
 def put_back(network: nn.Module, layers: Collection[Adapted]) -> None:

@@ -206,11 +206,12 @@ class Adapter(nn.Module, ABC):
 
 
 class Additive(Adapter):
-    """An adapter of linear layers of the form h = W x + f(x).
+    """An adapter of linear layers with a part of the form h = W x + f(x), for most types the whole.
 
     In float32 the layer comes first and f(x) is added to what it gives. In fewer bits f(x) comes first, and the layer's
     product is added to it before it is rounded (`kernels.linear.linear_onto`): beside a rounded W x most of a small
-    f(x) would be lost. In bfloat16 that is a change below 1/512 of an output, and young adapters make no others.
+    f(x) would be lost. In bfloat16 small is what is below 1/256 to 1/512 of an output, as most is that young adapters
+    change.
     """
 
     @abstractmethod

@@ -82,9 +82,10 @@ class TokenRows(Adapter):
             )
         self.trainable_tokens_delta.copy_(known[list(self.indices)])
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, base: Base, *, onto: Tensor | None = None) -> Tensor:
         """x: token ids [...] for the embedding, hidden states [..., hidden] for the output layer."""
-        return self._logits(x, base) if isinstance(self.place, Linear) else self._embedded(x, base)
+        result = self._logits(x, base) if isinstance(self.place, Linear) else self._embedded(x, base)
+        return result if onto is None else onto.add_(result)
 
     def _embedded(self, token_ids: Tensor, base: Base) -> Tensor:
         found = torch.searchsorted(self.ids, token_ids.contiguous()).clamp_(max=len(self.indices) - 1)

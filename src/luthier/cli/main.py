@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
@@ -69,12 +69,14 @@ def _uncollected() -> Iterator[None]:
     """For imports: of the million objects that they make none is garbage, and looking for it takes a fifth of their
     time. Nor is it looked for among them afterwards.
     """
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 class _Commands(click.Group):
@@ -86,8 +88,9 @@ class _Commands(click.Group):
             from luthier.recipe.problems import unknown  # costs time that `--help` need not spend
 
             ctx.fail(f"{cmd_name}: {unknown('command', cmd_name, list(COMMANDS))}")
-        with _uncollected():
-            module = importlib.import_module(f"luthier.cli.{COMMANDS[cmd_name][0]}")
+        name = f"luthier.cli.{COMMANDS[cmd_name][0]}"
+        with nullcontext() if name in sys.modules else _uncollected():
+            module = importlib.import_module(name)
         command: click.Command = module.command(cmd_name)
         return command
 

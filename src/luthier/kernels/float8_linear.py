@@ -29,7 +29,7 @@ def float8_linear(
     """x W^T + b. x: [..., in]. weight: [out, in]. bias: [out] or None, not rounded. Returns [..., out] in x's type.
 
     windows: have the scales, and note what they are to follow. onto: [tokens, out] in x's type, to which the sum is
-    added where it lies before it is rounded.
+    added where it lies. Whatever is added is so in float32, before the one rounding.
     """
     rows = x.reshape(-1, x.shape[-1])
     result: Tensor = _Float8Linear.apply(onto, rows, weight, bias, windows, windows.notes)
@@ -53,12 +53,15 @@ class _Float8Linear(Function):
             kept, ctx.formed_again = to_keep(x)
         ctx.save_for_backward(weight, weight8.scale, x8.scale, *kept)
         ctx.windows, ctx.noted = windows, noted
+        if onto is None and bias is None:
+            return scaled_product(x8, weight8, x.dtype)
+        summed = scaled_product(x8, weight8, torch.promote_types(x.dtype, torch.float32))
+        if bias is not None:
+            summed.add_(bias)
         if onto is None:
-            result = scaled_product(x8, weight8, x.dtype)
-        else:
-            ctx.mark_dirty(onto)
-            result = onto.add_(scaled_product(x8, weight8, torch.float32))
-        return result if bias is None else result.add_(bias)
+            return summed.to(x.dtype)
+        ctx.mark_dirty(onto)
+        return onto.add_(summed)
 
     @staticmethod
     @once_differentiable

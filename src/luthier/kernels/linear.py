@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.recompute import to_keep
 
-__all__ = ["add_product", "has_onednn", "linear", "linear_onto", "product", "whole_product"]
+__all__ = ["add_linear", "add_product", "has_onednn", "linear", "linear_onto", "product", "whole_product"]
 
 SMALLEST_ROWS = 8  # below, a product is bound by reading the weight, and compiling one for the size is the larger cost
 
@@ -32,14 +33,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_onto(onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """onto + x W^T + b, written into `onto`, [tokens, out], and not needed by what made it.
+    """onto + x W^T + b. onto: [tokens, out], may be written into, and is not needed by what made it.
 
-    The product is summed in float32 with `onto` among its terms, and rounded then: so of a small addition to large
-    outputs of few bits as much stays as the rounding leaves on average. Of one that is added to the rounded product,
-    what is below half a unit in the last place is lost, at every token.
+    The product is summed in float32 with `onto` and b among its terms, and rounded then: so of a small addition to
+    large outputs of few bits as much stays as the rounding leaves on average. Of one that is added to the rounded
+    product, what is below half a unit in the last place is lost, at every token. Elsewhere than in bfloat16 on a CPU b
+    comes after, with a rounding of its own.
     """
     result: Tensor = _LinearOnto.apply(onto, x, weight, bias)
     return result
+
+
+def add_linear(onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_onto` without a gradient: `onto` itself, or another tensor."""
+    if bias is None:
+        return add_product(onto, x, weight)
+    if not (x.device.type == "cpu" and x.dtype == torch.bfloat16 and _has_narrow_onednn()):
+        return add_product(onto, x, weight).add_(bias)
+    if isinstance(onto, FakeTensor):
+        return torch.empty_like(onto)  # of this product PyTorch does not know what it gives
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(_dense(x), onto, _dense(weight), bias, "add")
+    return result
+
+
+def _has_narrow_onednn() -> bool:
+    usable = bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
+    return usable and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def add_product(output: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -106,15 +125,16 @@ class _LinearOnto(Function):
     @staticmethod
     def forward(ctx: Any, onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _keep_for_gradients(ctx, x, weight, needs_weight=ctx.needs_input_grad[2])
-        ctx.mark_dirty(onto)
-        result = add_product(onto, x, weight)
-        return result if bias is None else result.add_(bias)
+        result = add_linear(onto, x, weight, bias)
+        if result is onto:
+            ctx.mark_dirty(onto)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_onto, *needs = ctx.needs_input_grad
-        return grad if needs_onto else None, *_gradients(ctx, grad, needs)
+        needs_onto, *others = ctx.needs_input_grad
+        return grad if needs_onto else None, *_gradients(ctx, grad, others)
 
 
 def _keep_for_gradients(ctx: Any, x: Tensor, weight: Tensor, *, needs_weight: bool) -> None:
@@ -124,10 +144,10 @@ def _keep_for_gradients(ctx: Any, x: Tensor, weight: Tensor, *, needs_weight: bo
     ctx.save_for_backward(weight, *kept)
 
 
-def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, needs_input_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Of x, weight and bias."""
     weight, *kept = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = needs
+    needs_x, needs_weight, needs_bias = needs_input_grad
     grad_x = product(grad, weight.T) if needs_x else None
     grad_weight = grad.T @ ctx.formed_again(*kept) if needs_weight else None  # no faster by oneDNN
     return grad_x, grad_weight, grad.sum(0) if needs_bias else None

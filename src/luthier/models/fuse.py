@@ -44,7 +44,7 @@ class FastLinear(nn.Linear):
         self.windows = None
 
     def forward(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
-        """x: [..., in] -> [..., out]; with `onto`, [tokens, out], added to it where it lies."""
+        """x: [..., in] -> [..., out]; with `onto`, [tokens, out], added to it, perhaps where it lies."""
         if self.windows is not None:
             return float8_linear(x, self.weight, self.bias, self.windows, onto=onto)
         if onto is not None:

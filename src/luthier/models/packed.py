@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from luthier.adapters.adapted import Adapted, bare
+from luthier.adapters.adapted import Adapted, Layer, bare
 from luthier.adapters.merge import adapters_merged
 from luthier.adapters.targets import Linear, named_places
 from luthier.errors import RecipeError
@@ -33,6 +33,8 @@ _INT8_MULTIPLE = 32  # inputs; for others the kernel reads beyond the weight
 
 class PackedLinear(nn.Module):
     """x W^T + b, W in few bytes for a few rows, and as `dense` has it for many. form: of FORMS."""
+
+    takes_onto = True
 
     def __init__(self, dense: Any, form: str) -> None:
         super().__init__()
@@ -58,12 +60,13 @@ class PackedLinear(nn.Module):
         """Whether nothing was written into the layer since this was made of it."""
         return self.made_of == versions_of(self.dense)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
+    def forward(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """x: [..., in] -> [..., out]; with `onto`, [tokens, out], added to it, perhaps where it lies."""
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) > self.most_rows:
-            dense: Tensor = self.dense(x)
-            return dense
+            return Layer(self.dense)(x, onto=onto)
+        if onto is not None:
+            return onto.add_(self.multiply(rows))
         product: Tensor = self.multiply(rows).to(x.dtype)
         return product.view(*x.shape[:-1], product.shape[-1])  # merged new tokens make it longer than the layer says
 

@@ -236,11 +236,12 @@ def largest_micro_batch(settings: Training, prepared: Prepared, micro_batch_toke
 
 def _fullest(settings: OnPolicy, prepared: Prepared, micro_batch_tokens: int) -> list[Item]:
     """Groups of answers, the longest prompts first, of as many tokens as a micro-batch may have and a step can: which
-    lengths come is not known, and there may be such as fill it.
+    lengths come is not known, and there may be such as fill it. A single answer is never cut.
     """
+    longest_first = sorted(sequences_of(prepared.train), key=len, reverse=True)
     filling: list[Item] = []
-    left = micro_batch_tokens
-    for stand_in in sorted(sequences_of(prepared.train), key=len, reverse=True)[: settings.batch_size]:
+    left = max(micro_batch_tokens, len(longest_first[0]))
+    for stand_in in longest_first[: settings.batch_size]:
         if left < 2 or (filling and not settings.packing):
             break
         filling.append(answered(stand_in, settings.group_size, most_tokens=left))

@@ -76,20 +76,20 @@ def prepare_prompts(settings: OnPolicy, tokenizer: PreTrainedTokenizerBase, *, q
 def answered(stand_in: TokenSequence, count: int, *, most_tokens: int | None = None) -> TokenGroup:
     """A prompt's stand-in as a group of so many answers, of which no two begin alike.
 
-    most_tokens: of the group, at least 2; its last answers are then shorter, or missing, and the prompt is cut where it
-    would take more than half.
+    most_tokens: of the group, at least 2; its last answers are then shorter, or missing. A prompt that would leave
+    answers less than half of the room, and less than they need, is cut.
     """
     prompt = int(stand_in.trained.argmax())
     longest = len(stand_in) - prompt
-    room = count * longest
+    left = wanted = count * longest
     if most_tokens is not None:
-        kept = min(prompt, max(most_tokens // 2, most_tokens - room))
-        stand_in, prompt, room = stand_in.part(slice(prompt - kept, None)), kept, most_tokens - kept
-    answers = []
-    for number in range(min(count, -(-room // longest))):
-        answer = stand_in.part(slice(prompt + min(longest, room - number * longest)))
+        kept = min(prompt, max(most_tokens // 2, most_tokens - wanted))
+        stand_in, prompt, left = stand_in.part(slice(prompt - kept, None)), kept, min(wanted, most_tokens - kept)
+    answers: list[TokenSequence] = []
+    for first in range(0, left, longest):
+        answer = stand_in.part(slice(prompt + min(longest, left - first)))
         ids = answer.token_ids.copy()
-        ids[prompt] = number
+        ids[prompt] = len(answers)
         answers.append(replace(answer, token_ids=ids))
     return TokenGroup(tuple(answers))
 

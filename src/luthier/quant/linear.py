@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from luthier.errors import ModelError
-from luthier.kernels.linear import add_product, linear, product
+from luthier.kernels.linear import add_linear, linear, product
 from luthier.quant.int8 import INT8
 from luthier.quant.nf4 import NF4
 from luthier.recipe.problems import unknown
@@ -81,7 +81,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """x: [..., in] -> [..., out], a tensor of its own, which may be written into; with `onto`, [tokens, out], added
-        to it where it lies.
+        to it, perhaps where it lies.
         """
         rows = x.reshape(-1, x.shape[-1])
         result: Tensor = _FrozenProduct.apply(onto, rows, self.bias, self.stored, self.shape, self.dtype)
@@ -117,9 +117,10 @@ class _FrozenProduct(Function):
         ctx.format, ctx.shape, ctx.dtype = type(stored), shape, dtype
         if onto is None:
             return linear(x, stored.dense(shape, dtype), bias)
-        ctx.mark_dirty(onto)
-        result = add_product(onto, x, stored.dense(shape, dtype))
-        return result if bias is None else result.add_(bias)
+        result = add_linear(onto, x, stored.dense(shape, dtype), bias)
+        if result is onto:
+            ctx.mark_dirty(onto)
+        return result
 
     @staticmethod
     @once_differentiable
