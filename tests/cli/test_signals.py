@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from luthier.cli import main as cli
 from luthier.cli.signals import heard
+from luthier.errors import LuthierError
 from luthier.training.stopping import Stop, Stopped
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -100,6 +103,25 @@ def test_a_second_signal_ends_at_once() -> None:
             ended = True
     assert ended
     assert signals.exit_code == 143
+
+
+@pytest.mark.parametrize("error", [ValueError, LuthierError])
+def test_an_interruption_that_a_library_takes_for_an_error_is_one(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch does so where the signal comes while it asks for the length of a storage."""
+
+    def run(*given: object, obj: Stop, **options: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped:
+            raise error("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    monkeypatch.setattr(cli, "luthier", SimpleNamespace(main=run))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run"])
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "luthier: ended by SIGTERM; run the same command again to go on"
 
 
 def test_what_listened_before_listens_afterwards_and_what_was_ignored_stays_so() -> None:

@@ -125,9 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         _say(signals.sentence())
         _exit(signals.exit_code)
-    except (click.ClickException, LuthierError, OSError) as error:
+    except Exception as error:
+        mendable = isinstance(error, click.ClickException | LuthierError | OSError)
+        if not (mendable or stop.cut_in):
+            raise
         if "--debug" in given:
             traceback.print_exc()
+        if stop.cut_in:
+            _say(signals.sentence())
+            _exit(signals.exit_code)
         _say(_sentence(error))
         sys.exit(1)
 

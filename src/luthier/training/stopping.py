@@ -21,11 +21,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = self._held = False
+        self.cut_in = False
+        """Whether the end came at once, amid whatever ran: a library may have made an error of its own of it."""
 
     def ask(self) -> None:
         """Asks for the end. Raises Stopped where it can come at once."""
         self.asked = True
         if not self._held:
+            self.cut_in = True
             raise Stopped
 
     @contextmanager
