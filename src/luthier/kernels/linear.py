@@ -44,8 +44,16 @@ def linear_onto(onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = N
     return result
 
 
-def add_linear(onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_onto` without a gradient: `onto` itself, or another tensor."""
+def add_linear(ctx: Any, onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The forward pass of `linear_onto`, for any function that ends in it; `ctx` is told where it wrote into `onto`."""
+    result = _added(onto, x, weight, bias)
+    if result is onto:
+        ctx.mark_dirty(onto)
+    return result
+
+
+def _added(onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`onto` itself, or another tensor."""
     if bias is None:
         return add_product(onto, x, weight)
     if not (x.device.type == "cpu" and x.dtype == torch.bfloat16 and _has_narrow_onednn()):
@@ -125,10 +133,7 @@ class _LinearOnto(Function):
     @staticmethod
     def forward(ctx: Any, onto: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _keep_for_gradients(ctx, x, weight, needs_weight=ctx.needs_input_grad[2])
-        result = add_linear(onto, x, weight, bias)
-        if result is onto:
-            ctx.mark_dirty(onto)
-        return result
+        return add_linear(ctx, onto, x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -117,10 +117,7 @@ class _FrozenProduct(Function):
         ctx.format, ctx.shape, ctx.dtype = type(stored), shape, dtype
         if onto is None:
             return linear(x, stored.dense(shape, dtype), bias)
-        result = add_linear(onto, x, stored.dense(shape, dtype), bias)
-        if result is onto:
-            ctx.mark_dirty(onto)
-        return result
+        return add_linear(ctx, onto, x, stored.dense(shape, dtype), bias)
 
     @staticmethod
     @once_differentiable
