@@ -13,8 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from luthier.cli import main as cli
+from luthier.cli.progress import Screen
+from luthier.cli.run import _listeners
 from luthier.cli.signals import heard
 from luthier.errors import LuthierError
 from luthier.training.stopping import Stop, Stopped
@@ -149,3 +152,10 @@ def test_another_thread_than_the_main_one_can_run_commands() -> None:
     thread.start()
     thread.join()
     assert found == [130]
+
+
+def test_a_script_may_show_a_run_without_a_command() -> None:
+    """As the demo does: nobody listens to signals there, and the run has somebody to ask all the same."""
+    screen, stop = _listeners(Console())(0, SimpleNamespace(word="sft"))  # type: ignore[arg-type]
+    assert isinstance(screen, Screen)
+    assert isinstance(stop, Stop)
